@@ -26,7 +26,7 @@ class _Shape:
 
 
 def _shape(kind: str, anchor: bytes, pattern: bytes) -> _Shape:
-    return _Shape(kind, anchor, re.compile(pattern))
+    return _Shape(kind, anchor, re.compile(pattern, re.DOTALL))  # DOTALL: a PEM block has lines
 
 
 _SHAPES = (
@@ -57,9 +57,6 @@ _SHAPES = (
         rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|$)",
     ),
     _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}"),
-)
-_SHAPES = tuple(
-    _Shape(s.kind, s.anchor, re.compile(s.pattern.pattern, re.DOTALL)) if s.kind == "private-key" else s for s in _SHAPES
 )
 _WORD = re.compile(rb"[A-Za-z0-9]")
 

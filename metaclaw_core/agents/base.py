@@ -38,6 +38,7 @@ class Identity:
     retry: bool  # a repeated attempt at the same human turn
     trace: str | None  # what ties the calls of one human turn together; None: use the chain id of the human message
     unknown_preambles: int = 0  # envelopes that were dropped without being known; counted, so that we notice
+    history_mark: str | None = None  # what a compaction left at the head of the history (its digest); None: never compacted
 
 
 class Agent(Protocol):

@@ -39,10 +39,16 @@ def loads_object(data: bytes | str, what: str) -> dict[str, Json]:
 
 
 def dumps(value: Json) -> str:
-    """Compact ASCII JSON in the given key order."""
-    return json.dumps(value, separators=(",", ":"))
+    """Compact ASCII JSON in the given key order. Raises WireError for what is nested too deeply."""
+    try:
+        return json.dumps(value, separators=(",", ":"))
+    except RecursionError as e:
+        raise WireError("the value is nested too deeply for JSON") from e
 
 
 def canonical(value: Json) -> str:
-    """Compact ASCII JSON with sorted keys: equal values, equal text."""
-    return json.dumps(value, separators=(",", ":"), sort_keys=True)
+    """Compact ASCII JSON with sorted keys: equal values, equal text. Raises WireError like `dumps`."""
+    try:
+        return json.dumps(value, separators=(",", ":"), sort_keys=True)
+    except RecursionError as e:
+        raise WireError("the value is nested too deeply for JSON") from e

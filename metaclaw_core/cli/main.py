@@ -1,0 +1,70 @@
+"""The ``metaclaw`` command: a table of names, each command in its own module and imported when run.
+
+Design: ``metaclaw --help`` answers from this table alone, so it stays fast however heavy a command's
+imports are. A `MetaClawError` is printed as one sentence with exit status 1; anything else is a bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from metaclaw_core import __version__
+from metaclaw_core.errors import MetaClawError
+
+_COMMANDS = {
+    "start": ("start", "Run the proxy: skills into prompts, exchanges into the store."),
+    "import": ("import_", "Record captured flows (mitmproxy files or HAR)."),
+    "turns": ("turns", "List recorded exchanges."),
+    "sessions": ("sessions", "List recorded sessions."),
+    "store": ("store", "Check and describe the store."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"metaclaw_core.cli.{_COMMANDS[cmd_name][0]}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {close[0]}?" if close else " See metaclaw --help."
+            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="metaclaw")
+def group() -> None:
+    """Just talk to your agent: it learns. A mitmproxy addon for agents' LLM traffic.
+
+    Files live in ~/.metaclaw; METACLAW_HOME moves them.
+    """
+
+
+def main() -> None:
+    try:
+        group()
+    except MetaClawError as e:
+        click.echo(f"metaclaw: {e}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # `metaclaw turns | head`
+        sys.stderr.close()
+        sys.exit(0)

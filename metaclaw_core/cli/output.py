@@ -1,0 +1,66 @@
+"""What the listing commands share: the store with the spools drained, JSON lines, tables, times."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from metaclaw_core.settings import home, load_settings
+from metaclaw_core.wire.jsonio import dumps
+
+if TYPE_CHECKING:
+    from metaclaw_core.store.rollouts import Store
+
+
+@contextmanager
+def opened_store(*, drain: bool = True) -> Iterator[Store]:
+    """The store of this home; with `drain`, exchanges that still lie in spools are taken in first."""
+    from metaclaw_core.store.db import open_store
+    from metaclaw_core.store.drain import drain_under_lease
+
+    settings = load_settings()
+    store = open_store(settings.store.url or home() / "store.db")
+    try:
+        if drain:
+            report = drain_under_lease(store, home() / "spool")
+            for problem in report.problems:
+                click.echo(f"metaclaw: {problem}", err=True)
+        yield store
+    finally:
+        store.close()
+
+
+def json_line(row: Mapping[str, Any]) -> None:
+    """One object on one line; ASCII, so that lone surrogates can't break a pipe."""
+    sys.stdout.write(dumps(dict(row)) + "\n")
+
+
+def when(seconds: float | None) -> str:
+    """Local time of unix `seconds`."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%m-%d %H:%M:%S") if seconds is not None else "-"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+    """A table that fits the terminal, one line a row; `empty` is said where there is no row."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        grid.add_column(head, no_wrap=True, overflow="ellipsis")
+    count = 0
+    for row in rows:
+        count += 1
+        # Text, not markup: what people write to agents is full of square brackets.
+        grid.add_row(*(Text(" ".join(cell.encode("utf-8", "replace").decode()[:200].split())) for cell in row))
+    if count:
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(grid)
+    else:
+        click.echo(empty)

@@ -1,0 +1,57 @@
+"""What the worker does, as plain async functions without timers: each takes what it needs and returns a report.
+
+Design: a job can be run from a test, the command line or the scheduler alike. It is safe to kill at any
+moment: rows move in transactions, files are replaced atomically, and the next run carries on. What needs
+much memory (building the index imports scikit-learn) runs in a process of its own that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from metaclaw_core.errors import MetaClawError
+from metaclaw_core.settings import Settings
+from metaclaw_core.store.drain import DrainReport, drain_under_lease
+from metaclaw_core.store.rollouts import Store
+
+
+async def ingest(store: Store, home: Path) -> DrainReport:
+    """Take in what lies in the spools."""
+    return await asyncio.to_thread(drain_under_lease, store, home / "spool")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    built: bool
+    skills: int | None = None  # None where nothing was built
+    problems: tuple[str, ...] = ()
+
+
+async def refresh_index(settings: Settings, home: Path) -> IndexReport:
+    """Build the skill index again if the library has changed since. Raises MetaClawError if the build fails."""
+    from metaclaw_core.skills.build import library_fingerprint, needs_build
+
+    if not needs_build(home, await asyncio.to_thread(library_fingerprint, settings)):
+        return IndexReport(built=False)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "metaclaw_core.skills.build",
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+    if process.returncode:
+        raise MetaClawError(f"The skill index could not be built: {err.decode(errors='replace').strip()[-2000:]}")
+    from metaclaw_core.wire.jsonio import loads_object
+
+    report = loads_object(out, "report of the index build")
+    return IndexReport(built=True, skills=report["skills"], problems=tuple(report["problems"]))

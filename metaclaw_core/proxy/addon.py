@@ -1,0 +1,311 @@
+"""The addon: LLM traffic is recorded, and where it is live, rewritten.
+
+Design: every hook leaves at its first line unless the flow is an LLM exchange. Nothing here may
+change a flow by halves: new bytes are built first and assigned last, and a hook that fails leaves the
+client's own bytes in place and counts it (`_guard`). `response` and `error` only queue; the spool's
+thread writes. Headers are never changed, content-length and our own ``x-metaclaw`` apart.
+
+A flow read from a capture (`flow.live` False) is recorded and never injected or routed, and reading
+one starts no child process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mitmproxy import command, contentviews, ctx, exceptions, http
+from mitmproxy.addonmanager import Loader
+
+from metaclaw_core.agents.base import hints_from_headers
+from metaclaw_core.decode import decode_body
+from metaclaw_core.errors import MetaClawError
+from metaclaw_core.proxy import capture, options, runtime
+from metaclaw_core.proxy.contentview import META, LLMView
+from metaclaw_core.proxy.rewrite import Rewriter, Rewritten, prior_of
+from metaclaw_core.proxy.runtime import Flight, Runtime
+from metaclaw_core.proxy.service import Service
+from metaclaw_core.proxy.tee import Tee
+from metaclaw_core.proxy.tls import TunnelUntrusting
+from metaclaw_core.settings import Settings, home, load_settings
+from metaclaw_core.wire import find_route, websocket_route
+
+logger = logging.getLogger(__name__)
+
+_STREAM_TYPES = ("text/event-stream", "application/x-ndjson", "application/jsonl")
+_TEE_LIMIT = 64 << 20
+
+
+type _Hook = Callable[[MetaClaw, http.HTTPFlow], None]
+
+
+def _guard(hook: _Hook) -> _Hook:
+    """The boundary of fail-open: a bug of ours must not be the agent's problem. Logged once per hook, counted always."""
+
+    @functools.wraps(hook)
+    def guarded(self: MetaClaw, flow: http.HTTPFlow) -> None:
+        try:
+            hook(self, flow)
+        except Exception:  # noqa: BLE001
+            self.failed(hook.__name__)
+
+    return guarded
+
+
+class MetaClaw:
+    name = "metaclaw"
+
+    def __init__(self, *, worker: bool = True) -> None:
+        """`worker` False: start no child process, whatever else (for replaying and for tests)."""
+        self.settings: Settings | None = None
+        self.home: Path = home()
+        self._worker = worker
+        self._runtime: Runtime | None = None
+        self._rewriter: Rewriter | None = None
+        self._service: Service | None = None
+        self._view = LLMView()
+
+    # --- life: `load`, `configure` and `running` must be plain functions, or a reload of the script breaks
+
+    def load(self, loader: Loader) -> None:
+        options.register(loader)
+
+    def configure(self, updated: set[str]) -> None:
+        if self.settings is None or any(name in options.OPTIONS for name in updated):
+            self.reload_settings()
+        if "stream_large_bodies" in updated and ctx.options.stream_large_bodies:
+            logger.warning(
+                "metaclaw: stream_large_bodies=%s: requests above that size reach the LLM before they can be read, "
+                "so they get no skills and are not recorded.",
+                ctx.options.stream_large_bodies,
+            )
+
+    def reload_settings(self) -> None:
+        try:
+            self.settings = load_settings(options.layer(ctx.options))
+        except MetaClawError as e:
+            raise exceptions.OptionsError(f"metaclaw: {e}") from e
+        if self._runtime is not None:
+            self._rewriter = Rewriter(self.settings, self._runtime.sessions, self._runtime.spool)
+
+    def running(self) -> Any:
+        assert self.settings is not None  # noqa: S101 - configure came first
+        try:
+            self._runtime = runtime.acquire(self.home)
+        except OSError as e:
+            logger.warning("metaclaw: %s can't be used (%s): nothing is recorded, traffic goes on.", self.home, e)
+            return None
+        contentviews.add(self._view)
+        if not ctx.options.server:  # reading a capture: no traffic, no child, no socket
+            return None
+        self._rewriter = Rewriter(self.settings, self._runtime.sessions, self._runtime.spool)
+        self._service = Service(self._runtime, self, worker=self._worker)
+        return asyncio.ensure_future(self._service.start())
+
+    def done(self) -> Any:
+        current, self._runtime = self._runtime, None
+        if current is None:
+            return None
+        if self._service is not None:
+            self._service.stop()
+        if ctx.master.should_exit.is_set():
+            if runtime.release(current):
+                current.close()
+            return None
+        # The script is being reloaded: its successor takes over within moments, or nobody does.
+        return asyncio.ensure_future(runtime.release_later(current))
+
+    # --- one flow -----------------------------------------------------------------------------
+
+    @_guard
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        if self._runtime is None:
+            return
+        found = find_route(flow.request.method, flow.request.path)
+        if found is None:
+            self._runtime.counters["passed: no LLM path"] += 1
+            return
+        dialect, route = found
+        self._runtime.flights[flow.id] = Flight(
+            dialect=dialect,
+            route=route,
+            hints=hints_from_headers(flow.request.headers),
+            principal=capture.principal(flow.request, self._runtime.key),
+        )
+
+    @_guard
+    def request(self, flow: http.HTTPFlow) -> None:
+        if self._runtime is None:
+            return
+        flight = self._runtime.flights.get(flow.id)
+        if flight is None:
+            self._websocket(flow)
+            return
+        flight.body = flow.request.raw_content or b""
+        if not flow.live:
+            return
+        bypassed = flow.request.headers.pop("x-metaclaw", "").strip().lower() == "off" or self._runtime.bypass
+        if bypassed or flow.response is not None or flow.request.stream or self._rewriter is None:
+            self._runtime.counters["bypassed"] += bypassed
+            return
+        outcome = self._rewritten(flow, flight)
+        if outcome.identity is not None:
+            flight.identity, flight.session = outcome.identity, outcome.session
+        self._runtime.counters[outcome.reason or "injected"] += 1
+        if outcome.body is not None:
+            flight.injection = outcome.injection
+            _assign(flow.request, outcome.body)
+        _annotate(flow, outcome)
+
+    @_guard
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        flight = self._runtime.flights.get(flow.id) if self._runtime else None
+        if flight is None or not flow.live or flow.response is None:
+            return
+        # No length: the answer is made as it is sent, whatever its type says.
+        if capture.media_type(flow.response) in _STREAM_TYPES or "content-length" not in flow.response.headers:
+            flight.tee = Tee(_TEE_LIMIT)
+            flow.response.stream = flight.tee
+
+    @_guard
+    def response(self, flow: http.HTTPFlow) -> None:
+        self._record(flow)
+
+    @_guard
+    def error(self, flow: http.HTTPFlow) -> None:
+        self._record(flow)
+
+    # --- parts of the hooks -------------------------------------------------------------------
+
+    def _rewritten(self, flow: http.HTTPFlow, flight: Flight) -> Rewritten:
+        if self._rewriter is None or self.settings is None or not (body := flight.body):
+            return Rewritten(None, "passed: no body")
+        limit = self.settings.proxy.max_body_mb << 20
+        if len(body) > limit:
+            return Rewritten(None, "passed: body over the limit")
+        if encoding := flow.request.headers.get("content-encoding", ""):
+            try:
+                body, whole = decode_body(body, encoding, limit)
+            except MetaClawError:
+                whole = False
+            if not whole:
+                return Rewritten(None, "passed: content-encoding can't be undone")
+        index = self._service.index if self._service else None
+        return self._rewriter.rewrite(flight.dialect, body, flow.request.path, flight.hints, flight.principal, index)
+
+    def _websocket(self, flow: http.HTTPFlow) -> None:
+        """A WebSocket on an LLM path can't be learned from; 426 makes the client use plain HTTP."""
+        if self._runtime is None or self.settings is None:
+            return
+        upgrade = flow.request.headers.get("upgrade", "").lower()
+        if upgrade != "websocket" or not flow.live or not websocket_route(flow.request.path):
+            return
+        self._runtime.counters[f"websocket: {self.settings.proxy.websocket}"] += 1
+        if self.settings.proxy.websocket == "fallback":
+            flow.response = http.Response.make(
+                426,
+                b'{"error":{"message":"WebSocket is not served here; use HTTP.","type":"invalid_request_error","code":"upgrade_required"}}',
+                {"content-type": "application/json", "connection": "close"},
+            )
+
+    def _record(self, flow: http.HTTPFlow) -> None:
+        if self._runtime is None:
+            return
+        flight = self._runtime.flights.pop(flow.id, None)
+        if flight is None:
+            return
+        answer: bytes | None = None
+        if flight.tee is not None:
+            answer = flight.tee.body()
+            if flow.response is not None and flow.response.data.content is None:
+                flow.response.data.content = answer  # so that -w and hardump hold what the client got
+            if flight.tee.overflow:
+                self._runtime.counters["answers too large to keep"] += 1
+        if flight.identity is not None and flight.dialect.name == "openai_responses":
+            body = answer if answer is not None else (flow.response.raw_content or b"" if flow.response else b"")
+            if response_id := capture.response_id(body):
+                self._runtime.sessions.remember_response(flight.principal, response_id, prior_of(flight.identity))
+        self._runtime.spool.put(
+            capture.exchange(
+                flow,
+                flight.route,
+                self._runtime.key,
+                request_body=flight.body,
+                response_body=answer,
+                hints=flight.hints,
+                principal_id=flight.principal,
+                injection=flight.injection,
+                live=flow.live,
+            )
+        )
+        self._runtime.counters["exchanges"] += 1
+
+    def failed(self, hook: str) -> None:
+        """Count a failure of ours and log the first one of each hook with its traceback, as a warning:
+        an error-level record during start-up would end mitmdump."""
+        if self._runtime is None:
+            return
+        name = f"failed: {hook}"
+        self._runtime.counters[name] += 1
+        if self._runtime.counters[name] == 1:
+            logger.warning("metaclaw: %s failed; the flow passes unchanged.", hook, exc_info=True)
+
+    # --- commands: the same functions that the control socket calls -----------------------------
+
+    @command.command("metaclaw.status")
+    def status_command(self) -> str:
+        """What the proxy does: sessions, queue, counters, children."""
+        from metaclaw_core.wire.jsonio import dumps
+
+        return dumps(self._service.status()) if self._service else "metaclaw is not running"
+
+    @command.command("metaclaw.bypass")
+    def bypass_command(self, value: str) -> str:
+        """on: every request passes unchanged (and is recorded); off: back to normal."""
+        if self._service is None:
+            return "metaclaw is not running"
+        return str(self._service.set_bypass(value))
+
+    @command.command("metaclaw.flush")
+    async def flush_command(self) -> None:
+        """Wait until every finished exchange is on disk."""
+        if self._service is not None:
+            await self._service.flush({})
+
+    @command.command("metaclaw.reload")
+    def reload_command(self) -> None:
+        """Read the configuration and the skill index again."""
+        if self._service is not None:
+            self._service.reload_now()
+
+
+def _assign(request: http.Request, body: bytes) -> None:
+    """The one place where a request changes: its body, and what says how long and how encoded it is."""
+    request.raw_content = body
+    if "content-encoding" in request.headers:
+        del request.headers["content-encoding"]
+    if "transfer-encoding" not in request.headers:
+        request.headers["content-length"] = str(len(body))
+
+
+def _annotate(flow: http.HTTPFlow, outcome: Rewritten) -> None:
+    """Notes for people who look at the flow; plain values only, or saving the flow fails."""
+    identity, injection = outcome.identity, outcome.injection
+    notes: dict[str, Any] = {"passed": outcome.reason or ""}
+    if identity is not None:
+        notes |= {"agent": identity.agent, "kind": str(identity.kind), "session": identity.session_id or ""}
+    if injection is not None:
+        notes |= {"skills": list(injection.skills), "block": injection.text}
+    flow.metadata[META] = notes
+    if identity is not None:
+        added = f" + {', '.join(injection.skills)}" if injection else ""
+        flow.comment = f"metaclaw: {identity.kind} {(identity.session_id or '')[:8]}{added}"
+
+
+def addons_for_script() -> list[Any]:
+    """What ``addons/metaclaw.py`` lists."""
+    return [MetaClaw(), TunnelUntrusting()]

@@ -1,0 +1,56 @@
+"""mitmproxy options for our settings: ``--set metaclaw_top_k=3`` is ``skills.top_k: 3``.
+
+Design: every key of the settings model is an option named ``metaclaw_`` and its path joined with
+``_``; the keys of ``skills`` and ``proxy`` that people change most have a short name too. Options
+are optional strings without a default, so that an option that was not set leaves the value of the
+configuration file alone; the settings model does the typing. mitmproxy has no float options anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from mitmproxy.addonmanager import Loader
+from mitmproxy.options import Options
+
+from metaclaw_core.settings import leaves
+
+PREFIX = "metaclaw_"
+_SHORT = {
+    "top_k": ("skills", "top_k"),
+    "max_injected_tokens": ("skills", "max_injected_tokens"),
+    "retrieval_mode": ("skills", "retrieval_mode"),
+    "hosts": ("proxy", "hosts"),
+    "websocket": ("proxy", "websocket"),
+}
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    **{PREFIX + "_".join(path): path for path in leaves()},
+    **{PREFIX + name: path for name, path in _SHORT.items()},
+}
+
+
+def register(loader: Loader) -> None:
+    for name, path in OPTIONS.items():
+        text = f"{'.'.join(path)} of the MetaClaw settings, as YAML; unset: the configuration file's."
+        loader.add_option(name, str | None, None, text)  # type: ignore[arg-type]
+
+
+def layer(options: Options) -> dict[str, Any]:
+    """The nested settings that were given as options. Raises nothing: bad values are the model's business."""
+    values: dict[str, Any] = {}
+    for name, path in OPTIONS.items():
+        raw = getattr(options, name, None)
+        if raw is None:
+            continue
+        node = values
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        try:
+            node[path[-1]] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            node[path[-1]] = raw
+    return values
+
+

@@ -1,0 +1,141 @@
+"""One request, rewritten or left alone: parse, identify, plan, splice.
+
+Design: pure apart from the session table. The answer is a value; the addon assigns it to the flow in
+one step. Only a new human turn is retrieved for; its tool loop, its retries and every later request
+of the session get the session's block as it is. Whatever can't be proven leaves the body alone and is
+counted under its reason.
+
+An epoch ends where the provider's cache is lost anyway or the block must not live on: after a
+compaction, after an idle time, when most of the history is gone, or when a skill of the block has left
+the library.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+
+from metaclaw_core.agents import identify
+from metaclaw_core.agents.base import Identity, Prior
+from metaclaw_core.errors import SpliceError, WireError
+from metaclaw_core.model import Hints, Injection, Kind, Request, Role
+from metaclaw_core.proxy.sessions import MAX_TEXTS, Sessions, SessionSink, SessionState, session_key
+from metaclaw_core.redact import redact_text
+from metaclaw_core.settings import Settings
+from metaclaw_core.skills.index import Index
+from metaclaw_core.skills.inject import Block, SkillText, plan
+from metaclaw_core.wire import splice
+from metaclaw_core.wire.base import Dialect
+
+_SERVED = (Kind.MAIN, Kind.TOOL, Kind.SUBAGENT)
+_LISTED = re.compile(r"<name>([^<\n]{1,64})</name>")
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """`body` None: send the client's own bytes. `reason` says why, for the counters; None where a block went in."""
+
+    body: bytes | None
+    reason: str | None
+    identity: Identity | None = None
+    session: str | None = None
+    injection: Injection | None = None
+
+
+def prior_of(identity: Identity) -> Prior:
+    return Prior(identity.session_id, identity.session_key, identity.kind, identity.user_text, identity.trace)
+
+
+class Rewriter:
+    def __init__(self, settings: Settings, sessions: Sessions, sink: SessionSink) -> None:
+        self._skills = settings.skills
+        self._sessions = sessions
+        self._sink = sink
+
+    def rewrite(
+        self, dialect: Dialect, body: bytes, path: str, hints: Hints, principal: str, index: Index | None
+    ) -> Rewritten:
+        """`body` is decoded. Never raises for what a client sends."""
+        try:
+            request = dialect.parse_request(body, path)
+        except WireError:
+            return Rewritten(None, "passed: not a request of its dialect")
+        identity = identify(request, hints, self._sessions.prior(principal, request.previous_response_id))
+        if identity.kind not in _SERVED:
+            return Rewritten(None, f"side turn: {identity.kind}", identity)
+        key = session_key(principal, identity.session_id or _generic_session(request))
+        state = self._plan(key, request, identity, index)
+        if not state.block or not self._skills.enabled:
+            return Rewritten(None, "nothing to add", identity, key)
+        try:
+            slot = dialect.system_slot(body)
+            if splice.has_block(body, slot):
+                return Rewritten(None, "passed: injected already", identity, key)
+            text = splice.render_block(state.block)
+            new = splice.insert(body, slot, text)
+        except SpliceError as e:
+            return Rewritten(None, f"passed: {e}", identity, key)
+        injection = Injection(text=state.block, skills=tuple(state.skills), index_generation=state.generation)
+        return Rewritten(new, None, identity, key, injection)
+
+    def _plan(self, key: str, request: Request, identity: Identity, index: Index | None) -> SessionState:
+        now = time.time()
+        state = self._sessions.get(key)
+        if state is None:
+            state = SessionState(identity.session_id, identity.session_key)
+        turn = identity.trace or _digest(f"{len(identity.human_texts)}\n{identity.user_text}")
+        fresh = identity.kind is not Kind.TOOL and turn != state.turn and not (identity.retry and state.turn)
+        if fresh and identity.user_text and index is not None:
+            if self._epoch_ended(state, request, identity, index, now):
+                state.epoch, state.block, state.skills, state.appends = state.epoch + 1, "", [], 0
+            if request.previous_response_id:
+                texts = [*state.texts, identity.user_text]
+            else:
+                texts = list(identity.human_texts)
+            self._choose(state, request, texts, index)
+            state.turn, state.mark = turn, identity.history_mark
+            state.texts = [redact_text(text[:2000]) for text in texts[-MAX_TEXTS:]]
+        if not request.previous_response_id:
+            state.messages = len(request.messages)
+        state.used_at = now
+        self._sessions.put(key, state, self._sink)
+        return state
+
+    def _epoch_ended(self, state: SessionState, request: Request, identity: Identity, index: Index, now: float) -> bool:
+        if not state.block:
+            return False
+        return (
+            identity.history_mark != state.mark
+            or now - state.used_at > self._skills.idle_minutes * 60
+            or (not request.previous_response_id and len(request.messages) < state.messages // 2)
+            or any(index.skill(name) is None for name in state.skills)
+        )
+
+    def _choose(self, state: SessionState, request: Request, texts: list[str], index: Index) -> None:
+        def lookup(name: str) -> SkillText | None:
+            skill = index.skill(name)
+            return SkillText(skill.name, skill.description, skill.body) if skill else None
+
+        block = plan(
+            Block(state.block, tuple(state.skills), state.appends),
+            index.search(texts, self._skills.top_k),
+            lookup,
+            top_k=self._skills.top_k,
+            max_tokens=self._skills.max_injected_tokens,
+            listed=_LISTED.findall(request.system or ""),
+        )
+        if block.inner != state.block:
+            state.block, state.skills, state.appends = block.inner, list(block.skills), block.appends
+            state.generation = index.generation
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _generic_session(request: Request) -> str:
+    """For clients without a session id: the system prompt and the first human message stay the same."""
+    first = next((m.text for m in request.messages if m.role is Role.USER), "")
+    return "p-" + _digest(f"{request.system}\n{first}")

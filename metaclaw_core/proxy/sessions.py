@@ -1,0 +1,129 @@
+"""Session state on the hot path: what a session got, so that it keeps getting the same.
+
+Design: an LRU of 2,000 sessions in memory, loaded once at start and written through the spool's
+thread, never read from disk on the loop. The file is shared by all proxies of one home, so a restart
+repeats the same bytes in the middle of a conversation. Only redacted human text is kept (the last 8).
+
+Limits: two proxies that serve the same session at the same time each keep their own copy; the last
+writer wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+from metaclaw_core.agents.base import Prior
+
+MAX_SESSIONS = 2000
+MAX_RESPONSES = 8000
+MAX_TEXTS = 8
+
+type SessionRow = tuple[str, bytes, float]
+
+
+class SessionSink(Protocol):
+    def put_session(self, row: SessionRow) -> None: ...
+
+
+@dataclass(slots=True)
+class SessionState:
+    """Mutable on purpose: one object per session, changed on the event loop only."""
+
+    session_id: str | None
+    session_key: str | None
+    epoch: int = 0
+    block: str = ""  # the inner text of the injected block; "" if nothing was chosen yet
+    skills: list[str] = field(default_factory=list)
+    appends: int = 0  # changes of the block in this epoch after its first choice
+    generation: int = 0  # of the skill index the newest part of the block came from
+    texts: list[str] = field(default_factory=list)  # the last human texts, redacted, oldest first
+    turn: str | None = None  # the human turn the block was last planned for
+    mark: str | None = None  # Identity.history_mark at the last plan
+    messages: int = 0  # in the last request that carried its history
+    used_at: float = 0.0  # unix seconds
+
+
+def session_key(principal: str, session: str) -> str:
+    """A session is (principal, session id): the same id under another credential is another session."""
+    return sha256(f"{principal}\n{session}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Sessions:
+    def __init__(self) -> None:
+        self._states: OrderedDict[str, SessionState] = OrderedDict()
+        self._responses: OrderedDict[str, Prior] = OrderedDict()
+
+    @classmethod
+    def load(cls, path: Path) -> Sessions:
+        """The saved sessions; a file that is missing or damaged gives none (they are a cache of choices)."""
+        sessions = cls()
+        if not path.exists():
+            return sessions
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=1)) as db:
+            rows = db.execute("SELECT key, value FROM sessions ORDER BY used_at DESC LIMIT ?", (MAX_SESSIONS,)).fetchall()
+            for key, value in reversed(rows):
+                with contextlib.suppress(ValueError, TypeError):
+                    sessions._states[key] = SessionState(**json.loads(value))
+        return sessions
+
+    def get(self, key: str) -> SessionState | None:
+        state = self._states.get(key)
+        if state is not None:
+            self._states.move_to_end(key)
+        return state
+
+    def put(self, key: str, state: SessionState, sink: SessionSink) -> None:
+        self._states[key] = state
+        self._states.move_to_end(key)
+        while len(self._states) > MAX_SESSIONS:
+            self._states.popitem(last=False)
+        sink.put_session((key, json.dumps(asdict(state)).encode(), state.used_at))
+
+    def remember_response(self, principal: str, response_id: str, prior: Prior) -> None:
+        """For clients that send only what is new (`previous_response_id`)."""
+        self._responses[f"{principal}\n{response_id}"] = prior
+        while len(self._responses) > MAX_RESPONSES:
+            self._responses.popitem(last=False)
+
+    def prior(self, principal: str, response_id: str | None) -> Prior | None:
+        return self._responses.get(f"{principal}\n{response_id}") if response_id else None
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def active(self, seconds: float) -> int:
+        """Sessions that were used in the last `seconds`."""
+        since = time.time() - seconds
+        return sum(state.used_at >= since for state in self._states.values())
+
+
+class SessionFile:
+    """The writer's side of the file; used by the spool's thread."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)
+        self._db = sqlite3.connect(path, timeout=5, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("CREATE TABLE IF NOT EXISTS sessions (key TEXT PRIMARY KEY, value BLOB NOT NULL, used_at REAL NOT NULL)")
+
+    def write(self, rows: Sequence[SessionRow]) -> None:
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", rows)
+            self._db.execute(
+                "DELETE FROM sessions WHERE key NOT IN (SELECT key FROM sessions ORDER BY used_at DESC LIMIT ?)", (MAX_SESSIONS,)
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+

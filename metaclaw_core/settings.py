@@ -1,0 +1,222 @@
+"""One settings model for every process.
+
+Design: ``config.yaml`` < environment ``METACLAW_*`` < ``--set metaclaw_*`` < command-line flags; each
+layer is a nested dict, merged and validated once. The keys of the reference system keep their names
+and defaults. An unknown key or a bad value is a `ConfigError` that names the key, the value and what
+is allowed. This module is the only reader of the environment.
+
+The environment name of a key is its path in capitals joined with ``_``: ``skills.top_k`` is
+``METACLAW_SKILLS_TOP_K``. ``METACLAW_HOME`` is no setting: it says where the file is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from metaclaw_core.errors import ConfigError
+
+_ENV = os.environ  # noqa: TID251 - the one place
+_NOT_SETTINGS = ("HOME", "SHARED", "TEST_", "NO_", "SKIP_", "BENCH_")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LLM(_Section):
+    """The LLM that writes skills (and may judge); empty: the caller's own model and key, for skills only."""
+
+    provider: Literal["", "kimi", "qwen", "openai", "openrouter", "ollama", "custom"] = ""
+    model_id: str = ""
+    api_base: str = ""
+    api_key: str = ""
+
+
+class Proxy(_Section):
+    port: int = Field(30000, ge=1, le=65535)
+    intercept: Literal["llm", "all"] = "llm"  # what `metaclaw start` decrypts
+    hosts: tuple[str, ...] = ()  # further LLM hosts that are trusted like the known providers
+    websocket: Literal["fallback", "pass"] = "fallback"  # 426, so that the client uses plain HTTP; or let it pass
+    max_body_mb: int = Field(32, ge=1, le=1024)  # larger request bodies pass through, counted
+
+
+class Skills(_Section):
+    enabled: bool = True
+    dir: str = "~/.metaclaw/skills"
+    extra_dirs: tuple[str, ...] = ()  # e.g. ~/.openclaw/skills, ~/.claude/skills; read only
+    retrieval_mode: Literal["tfidf", "template", "embedding"] = "tfidf"
+    top_k: int = Field(6, ge=1, le=50)
+    task_specific_top_k: int = Field(10, ge=0, le=50)  # template mode only
+    max_injected_tokens: int = Field(2000, ge=100, le=50_000)
+    idle_minutes: int = Field(60, ge=1)  # a longer pause starts a new epoch: the provider's cache is gone anyway
+    auto_evolve: bool = True
+    embedding_url: str = ""  # OpenAI-compatible /v1 base for retrieval_mode: embedding
+    embedding_model: str = ""
+    embedding_api_key: str = ""
+
+
+class RL(_Section):
+    enabled: bool = False
+    model: str = ""
+    tinker_api_key: str = ""
+    prm_url: str = ""
+    prm_model: str = ""
+    prm_api_key: str = ""
+    lora_rank: int = Field(32, ge=1)
+    batch_size: int = Field(4, ge=1)
+    resume_from_ckpt: str = ""
+    evolver_api_base: str = ""
+    evolver_api_key: str = ""
+    evolver_model: str = ""
+
+
+class OPD(_Section):
+    enabled: bool = False
+    teacher_url: str = ""
+    teacher_model: str = ""
+    teacher_api_key: str = ""
+    kl_penalty_coef: float = Field(1.0, ge=0)
+
+
+class Store(_Section):
+    url: str = ""  # "": SQLite at METACLAW_HOME/store.db; postgresql+psycopg://… for a fleet
+
+
+class Settings(_Section):
+    mode: Literal["skills_only", "rl"] = "skills_only"
+    llm: LLM = LLM()
+    proxy: Proxy = Proxy()
+    skills: Skills = Skills()
+    rl: RL = RL()
+    opd: OPD = OPD()
+    store: Store = Store()
+    max_context_tokens: int | None = Field(None, ge=1000)  # None: the model's own limit
+    openclaw_env_data_dir: str = ""
+
+
+def home() -> Path:
+    """Where everything of ours lives: ``METACLAW_HOME`` or ``~/.metaclaw``."""
+    return Path(_ENV.get("METACLAW_HOME") or "~/.metaclaw").expanduser()
+
+
+def private_dir(path: Path) -> Path:
+    """`path` as a directory that only its owner can enter; made if missing."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
+def leaves(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key, in the order of the model."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from leaves(info.annotation, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """``("a", "b"), v`` → ``{"a": {"b": v}}``."""
+    for name in reversed(path):
+        value = {name: value}
+    return value  # type: ignore[no-any-return]
+
+
+def load_settings(*overrides: Mapping[str, Any]) -> Settings:
+    """All layers, the file first; `overrides` are nested dicts, later ones win.
+
+    Raises ConfigError.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = [(str(config_file()), _file_layer()), ("the environment", _env_layer())]
+    layers += [("--set or a flag", layer) for layer in overrides]
+    merged: dict[str, Any] = {}
+    source: dict[tuple[str, ...], str] = {}
+    for name, layer in layers:
+        _merge(merged, layer, source, name, ())
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as e:
+        raise ConfigError("\n".join(_explain(err, source) for err in e.errors())) from e
+
+
+def config_file() -> Path:
+    return home() / "config.yaml"
+
+
+def _file_layer() -> dict[str, Any]:
+    path = config_file()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} can't be read: {e}") from e
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML{where}: {getattr(e, 'problem', e)}") from e
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(value).__name__}.")
+    return value
+
+
+def _env_layer() -> dict[str, Any]:
+    known = {"METACLAW_" + "_".join(path).upper(): path for path in leaves()}
+    layer: dict[str, Any] = {}
+    for name, value in _ENV.items():
+        if not name.startswith("METACLAW_") or name.removeprefix("METACLAW_").startswith(_NOT_SETTINGS):
+            continue
+        path = known.get(name)
+        if path is None:
+            raise ConfigError(f"{name} in the environment is not a known setting.{_nearest(name, known)}")
+        _merge(layer, nest(path, yaml.safe_load(value) if value else ""), {}, "", ())
+    return layer
+
+
+def _merge(
+    into: dict[str, Any], layer: Mapping[str, Any], source: dict[tuple[str, ...], str], name: str, at: tuple[str, ...]
+) -> None:
+    for key, value in layer.items():
+        path = (*at, str(key))
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value, source, name, path)
+        else:
+            into[key] = {} if isinstance(value, Mapping) else value
+            source[path] = name
+            if isinstance(value, Mapping):
+                _merge(into[key], value, source, name, path)
+
+
+def _explain(err: Any, source: Mapping[tuple[str, ...], str]) -> str:
+    path = tuple(str(p) for p in err["loc"])
+    key = ".".join(path)
+    where = next((source[path[:n]] for n in range(len(path), 0, -1) if path[:n] in source), "the settings")
+    if err["type"] == "extra_forbidden":
+        return f"{key} is not a known setting (from {where}).{_nearest(key, {'.'.join(p): p for p in leaves()})}"
+    secret = any(word in path[-1] for word in ("key", "token", "secret", "password"))
+    value = "***" if secret else repr(err["input"])
+    return f"{key} = {value} is not allowed (from {where}): {err['msg']}."
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def skills_dir(settings: Settings) -> Path:
+    """The user's own skills; the default moves with ``METACLAW_HOME``."""
+    if settings.skills.dir == Skills.model_fields["dir"].default:
+        return home() / "skills"
+    return Path(settings.skills.dir).expanduser()

@@ -1,0 +1,305 @@
+"""The skill index: which skills fit a text, on plain arrays and without a heavy import.
+
+Design: two fields, *head* (name, description, trigger phrases: words and adjacent pairs) and *body* (words), each a
+term-major sparse matrix of saturated counts (`Field`). A query term adds idf · count-part to the skills that have it:
+
+    score(q, d) = Σ_t  weight_q(t) · Σ_field  idf(t) · tf · (k1 + 1) / (tf + k1 · (1 - b + b · |d| / mean|d|))
+
+which is BM25 summed over two fields. The idf is taken at query time from the lengths of the posting lists, so a skill
+can be added without touching what is there: its postings are inserted, and every weight is what a full build
+would give, except that mean |d| stays that of the last build. `build` (scikit-learn) makes an index, `indexfile`
+reads and writes it.
+
+Scores have no natural unit and grow with the library. `rarity`, the idf of a term that one skill has, is the unit
+in which thresholds hold from forty skills to five thousand: below `cutoff` = 3 · rarity a text is taken to ask for
+nothing that any skill is about, and `search` finds nothing.
+
+An `Index` is a handle on one immutable state: `add` and `remove` replace the state as a whole, so a search that
+runs in another thread sees the old one or the new one.
+
+Limits: a cut-off stops small talk; it can't notice that a text is on the subject of a skill that is no help.
+Matching is lexical and doesn't cross languages, except through trigger phrases.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaclaw_core.skills import query as _query
+from metaclaw_core.skills.content import decode, encode
+from metaclaw_core.skills.query import Query
+from metaclaw_core.skills.skill import Skill
+from metaclaw_core.skills.tokens import pairs, words
+
+BODY_CHARS = 8_000
+"""Only the beginning of a body is indexed. Measured: more ranks no better."""
+
+_CUTOFF = 3.0  # times rarity
+
+
+class Hit(NamedTuple):
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The two constants of a field's count part."""
+
+    k1: float  # how fast repeats stop counting
+    b: float  # how much a long text is held back, 0 to 1
+
+
+HEAD = Shape(k1=1.0, b=0.4)  # a short text in which little is repeated and length is mostly substance
+BODY = Shape(k1=1.2, b=0.75)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Field:
+    """One field of all skills. Posting list of term t: `docs[starts[t]:starts[t + 1]]`, positions in any order."""
+
+    vocabulary: Mapping[str, int]
+    starts: NDArray[np.int64]  # (terms + 1,)
+    docs: NDArray[np.intp]  # (postings,)
+    parts: NDArray[np.float32]  # (postings,) tf · (k1 + 1) / (tf + k1 · (1 - b + b · |d| / mean|d|))
+    mean_length: float  # terms per skill when it was built
+
+    def add_scores(self, terms: Mapping[str, float], out: NDArray[np.float32]) -> None:
+        """Adds every skill's score for `terms` to `out`, (skills,)."""
+        vocabulary = self.vocabulary
+        known = [(t, weight) for term, weight in terms.items() if (t := vocabulary.get(term)) is not None]
+        if not known:
+            return
+        at = np.array([t for t, _ in known])
+        first, last = self.starts[at], self.starts[at + 1]
+        having = last - first
+        weights = np.log1p((len(out) - having + 0.5) / (having + 0.5)) * np.array([w for _, w in known])
+        docs, parts = self.docs, self.parts
+        for a, b, weight in zip(first.tolist(), last.tolist(), weights.tolist(), strict=True):
+            out[docs[a:b]] += parts[a:b] * weight  # a skill occurs once per term, so no sum is lost
+
+    def with_doc(self, doc: int, terms: Sequence[str], shape: Shape) -> Field:
+        """The field with one more skill, at position `doc`."""
+        if not terms:
+            return self
+        counts = Counter(terms)
+        new = [t for t in counts if t not in self.vocabulary]
+        vocabulary: Mapping[str, int] = self.vocabulary
+        if new:
+            vocabulary = {**self.vocabulary, **{t: i for i, t in enumerate(new, len(self.vocabulary))}}
+        mean = self.mean_length or float(len(terms))  # the first skill of an empty index is its own mean
+        tf = np.fromiter(counts.values(), np.float32, len(counts))
+        part = tf * (shape.k1 + 1) / (tf + shape.k1 * (1 - shape.b + shape.b * len(terms) / mean))
+        at = np.fromiter((vocabulary[t] for t in counts), np.int64, len(counts))
+        order = np.argsort(at)  # new postings at one place must come in the order of their terms
+        at, part = at[order], part[order].astype(np.float32)
+        grown = np.zeros(len(vocabulary) + 1, np.int64)
+        grown[at + 1] = 1
+        starts = np.concatenate([self.starts, np.full(len(new), self.starts[-1])])
+        places = starts[at + 1]
+        return Field(
+            vocabulary=vocabulary,
+            starts=starts + np.cumsum(grown),
+            docs=np.insert(self.docs, places, doc),
+            parts=np.insert(self.parts, places, part),
+            mean_length=mean,
+        )
+
+    def without_doc(self, doc: int) -> Field:
+        """The field without the skill at `doc`; later ones move up by one. Its terms stay in the vocabulary, empty."""
+        keep = self.docs != doc
+        kept = np.concatenate([[0], np.cumsum(keep)])
+        docs = self.docs[keep]
+        return replace(self, starts=kept[self.starts], docs=docs - (docs > doc), parts=self.parts[keep])
+
+
+EMPTY_FIELD = Field({}, np.zeros(1, np.int64), np.zeros(0, np.intp), np.zeros(0, np.float32), 0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """All that an index is; rows of every array are skills in the order of `names`."""
+
+    generation: int  # grows with every change
+    names: tuple[str, ...]
+    positions: Mapping[str, int]
+    contents: tuple[bytes, ...]  # see `content`
+    categories: tuple[str | None, ...]  # for the template mode
+    head: Field
+    body: Field
+    vectors: NDArray[np.float32] | None = None  # (skills, dimensions), unit length; a zero row: not embedded yet
+    embedding_model: str | None = None  # that made `vectors`
+    origin: str = ""  # what it was built from, as its builder recognises it again
+
+
+EMPTY_STATE = State(0, (), {}, (), (), EMPTY_FIELD, EMPTY_FIELD)
+
+
+def head_terms(skill: Skill) -> list[str]:
+    found = words("\n".join((skill.name, skill.description, *skill.triggers)))
+    return found + pairs(found)
+
+
+def body_terms(skill: Skill) -> list[str]:
+    return words(skill.body[:BODY_CHARS])
+
+
+class Index:
+    """See the module. Made by `build_index`, `load_index` or, empty, by `Index()`."""
+
+    def __init__(self, state: State = EMPTY_STATE) -> None:
+        self._state = state
+        self._writing = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._state.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state.positions
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def generation(self) -> int:
+        return self._state.generation
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._state.names
+
+    @property
+    def rarity(self) -> float:
+        """The idf of a term that exactly one skill has: the unit of scores. 0 for an empty index."""
+        return _rarity(self._state)
+
+    @property
+    def cutoff(self) -> float:
+        """A text whose best skill scores less is given nothing."""
+        return _CUTOFF * _rarity(self._state)
+
+    def skill(self, name: str) -> Skill | None:
+        """The skill as it was indexed, without metadata and source; None: not in the index."""
+        state = self._state
+        at = state.positions.get(name)
+        return None if at is None else decode(state.contents[at])
+
+    def snapshot(self) -> Index:
+        """The same index now, which later changes to this one don't reach."""
+        return Index(self._state)
+
+    def search(self, text: str | Sequence[str] | Query, k: int = 6, *, cutoff: float | None = None) -> list[Hit]:
+        """The best `k` skills, best first, or none at all if the best one is below `cutoff` (default: the index's own).
+
+        `text` is one human text, or the human turns of a conversation, oldest first.
+        """
+        state = self._state
+        if not state.names or k < 1:
+            return []
+        query = text if isinstance(text, Query) else Query.of(text)
+        scores = _scores(state, query)
+        least = _CUTOFF * _rarity(state) if cutoff is None else cutoff
+        if float(scores.max()) < least:
+            return []
+        return [Hit(state.names[i], float(scores[i])) for i in top(scores, k)]
+
+    def spoken(self, query: Query) -> list[tuple[str, float]]:
+        """The turns of `query` that take part, newest first, with their weights."""
+        state = self._state
+        return _query.turns(query, _rarity(state), lambda text: score_terms(state, _query.terms(text)))
+
+    def add(self, skill: Skill) -> Index:
+        """Makes `skill` retrievable at once, in place of one of the same name, and returns this index.
+
+        Some milliseconds at a thousand skills. Without a vector until the index is embedded anew.
+        """
+        with self._writing:
+            state = self._state
+            if skill.name in state.positions:
+                state = _without(state, skill.name)
+            at = len(state.names)
+            vectors = state.vectors
+            if vectors is not None:
+                vectors = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
+            self._state = replace(
+                state,
+                generation=self._state.generation + 1,
+                names=(*state.names, skill.name),
+                positions={**state.positions, skill.name: at},
+                contents=(*state.contents, encode(skill)),
+                categories=(*state.categories, skill.category),
+                head=state.head.with_doc(at, head_terms(skill), HEAD),
+                body=state.body.with_doc(at, body_terms(skill), BODY),
+                vectors=vectors,
+            )
+        return self
+
+    def remove(self, name: str) -> Index:
+        """Takes a skill out and returns this index; an unknown name changes nothing."""
+        with self._writing:
+            if name in self._state.positions:
+                self._state = replace(_without(self._state, name), generation=self._state.generation + 1)
+        return self
+
+
+def top(scores: NDArray[np.float32], k: int) -> list[int]:
+    """Positions of the `k` best scores above zero, best first, equal ones by position."""
+    n = len(scores)
+    best: NDArray[np.intp] = np.argpartition(scores, n - k)[n - k :] if k < n else np.arange(n)
+    best = best[np.lexsort((best, -scores[best]))]
+    return [int(i) for i in best if scores[i] > 0]
+
+
+def score_terms(state: State, terms: Mapping[str, float]) -> NDArray[np.float32]:
+    """Every skill's score for weighted terms, (skills,)."""
+    scores = np.zeros(len(state.names), np.float32)
+    state.head.add_scores(terms, scores)
+    state.body.add_scores(terms, scores)
+    return scores
+
+
+def _rarity(state: State) -> float:
+    n = len(state.names)
+    return math.log1p((n - 0.5) / 1.5) if n else 0.0
+
+
+def _scores(state: State, query: Query) -> NDArray[np.float32]:
+    """The weighted sum over the turns that speak. Each is scored once: the sum of scores is the score of the sum."""
+    single: dict[str, NDArray[np.float32]] = {}
+
+    def score(text: str) -> NDArray[np.float32]:
+        if text not in single:
+            single[text] = score_terms(state, _query.terms(text))
+        return single[text]
+
+    spoken = _query.turns(query, _rarity(state), score)
+    if len(spoken) == 1:
+        return single[spoken[0][0]]
+    total = np.zeros(len(state.names), np.float32)
+    for text, weight in spoken:
+        total += single[text] * weight
+    return total
+
+
+def _without(state: State, name: str) -> State:
+    at = state.positions[name]
+    names = state.names[:at] + state.names[at + 1 :]
+    return replace(
+        state,
+        names=names,
+        positions={n: i for i, n in enumerate(names)},
+        contents=state.contents[:at] + state.contents[at + 1 :],
+        categories=state.categories[:at] + state.categories[at + 1 :],
+        head=state.head.without_doc(at),
+        body=state.body.without_doc(at),
+        vectors=None if state.vectors is None else np.delete(state.vectors, at, axis=0),
+    )

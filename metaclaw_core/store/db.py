@@ -1,0 +1,97 @@
+"""Opening the database: SQLite by default, PostgreSQL for fleets.
+
+Design: one `Engine` per process. A write transaction says so when it begins: on SQLite it takes the
+write lock at once (``BEGIN IMMEDIATE``), so that it can't fail half-way for having read first; readers
+never wait (WAL). The driver's own transaction handling is switched off, since it would commit
+savepoints behind our back. A new file is made 0600 in a folder 0700; a folder that exists keeps its
+mode.
+
+Limits: WAL needs a local disk; on a network file system use PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from metaclaw_core.errors import StoreError
+from metaclaw_core.store.migrations import migrate
+from metaclaw_core.store.rollouts import Store
+
+_BUSY_SECONDS = 30
+
+
+def open_store(target: str | Path) -> Store:
+    """The store at a path (SQLite) or database URL, brought up to date. Raises StoreError."""
+    return Store(open_engine(target))
+
+
+def open_engine(target: str | Path) -> Engine:
+    """An engine on a migrated database. Raises StoreError."""
+    url = _url(target)
+    try:
+        engine = _sqlite(url) if url.get_backend_name() == "sqlite" else create_engine(url, pool_pre_ping=True)
+        with write(engine) as connection:
+            migrate(connection)
+    except (SQLAlchemyError, OSError) as e:
+        raise StoreError(f"The store {url!r} can't be opened: {_cause(e)}.") from e
+    except ImportError as e:
+        raise StoreError(f"The driver for {url!r} is missing: pip install 'metaclaw-mitmproxy[postgres]'.") from e
+    return engine
+
+
+@contextmanager
+def write(engine: Engine) -> Iterator[Connection]:
+    """A write transaction: commits at the end, rolls back on an exception."""
+    with engine.connect() as connection:
+        connection = connection.execution_options(metaclaw_write=True)
+        with connection.begin():
+            yield connection
+
+
+def _url(target: str | Path) -> URL:
+    """A path, or text that has a scheme."""
+    if isinstance(target, Path) or "://" not in target:
+        return URL.create("sqlite", database=str(Path(target).expanduser()))
+    try:
+        url = make_url(target)
+        url.get_dialect()
+    except (ArgumentError, NoSuchModuleError) as e:
+        raise StoreError("store.url must be a path, sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.") from e
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise StoreError(f"store.url names {url.get_backend_name()}; only sqlite and postgresql are supported.")
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+
+def _sqlite(url: URL) -> Engine:
+    path = Path(url.database or "")
+    if not url.database or url.database == ":memory:":
+        raise StoreError("The store needs a file: an SQLite database in memory can't be shared by processes.")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None  # the driver begins no transaction of its own
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "journal_size_limit=67108864"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("metaclaw_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _cause(e: Exception) -> str:
+    """What the driver said, without SQLAlchemy's statement and link."""
+    return str(e.orig).strip() if isinstance(e, DBAPIError) and e.orig is not None else str(e)

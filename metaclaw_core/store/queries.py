@@ -1,0 +1,76 @@
+"""Statements that more than one module of the store needs, the same on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import batched
+
+from sqlalchemy import Connection, Integer, Table, Text, bindparam, literal, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql.dml import Insert as PostgresInsert
+from sqlalchemy.dialects.sqlite.dml import Insert as SqliteInsert
+
+from metaclaw_core.errors import StoreError
+from metaclaw_core.model import Message
+from metaclaw_core.store.chain import unpack_message
+from metaclaw_core.store.tables import counters, messages
+
+MANY = 500  # values in one IN list
+
+
+def upsert(dialect: str, table: Table) -> SqliteInsert | PostgresInsert:
+    """An INSERT that can say ON CONFLICT, which SQLAlchemy has per database only."""
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
+@cache  # building a statement takes longer than running it
+def _insert_new(dialect: str, table: Table) -> SqliteInsert | PostgresInsert:
+    return upsert(dialect, table).on_conflict_do_nothing()
+
+
+def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, object]]) -> int:
+    """Insert what isn't there; rows of another writer stay as they are. How many were new, exact for one row only."""
+    return connection.execute(_insert_new(connection.dialect.name, table), rows).rowcount if rows else 0
+
+
+_KNOWN = select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True)))
+
+
+def known_messages(connection: Connection, ids: Iterable[str]) -> Iterator[str]:
+    """Those of `ids` that are in the database."""
+    for some in batched(ids, MANY):
+        yield from connection.scalars(_KNOWN, {"ids": list(some)})
+
+
+def add_to_counter(connection: Connection, name: str, value: int) -> None:
+    insert = upsert(connection.dialect.name, counters)
+    total = {"value": counters.c.value + insert.excluded.value}
+    connection.execute(
+        insert.on_conflict_do_update(index_elements=["name"], set_=total), {"name": name, "value": value}
+    )
+
+
+def load_chain(connection: Connection, tip: str | None) -> tuple[Message, ...]:
+    """The conversation that ends with `tip`, oldest message first; () for None. Raises StoreError if a message is missing."""
+    if tip is None:
+        return ()
+    walk = (
+        select(messages.c.id, messages.c.parent, literal(0, Integer).label("depth"))
+        .where(messages.c.id == bindparam("tip", type_=Text))
+        .cte("walk", recursive=True)
+    )
+    walk = walk.union_all(
+        select(messages.c.id, messages.c.parent, (walk.c.depth + 1).label("depth")).where(
+            messages.c.id == walk.c.parent
+        )
+    )
+    rows = connection.execute(
+        select(messages.c.role, messages.c.content, messages.c.parent)
+        .join(walk, walk.c.id == messages.c.id)
+        .order_by(walk.c.depth.desc()),
+        {"tip": tip},
+    ).all()
+    if not rows or rows[0].parent is not None:
+        raise StoreError(f"The conversation that ends with {tip} has a gap; `metaclaw store verify` names it.")
+    return tuple(unpack_message(row.role, row.content) for row in rows)

@@ -1,0 +1,66 @@
+"""Is the store what it says it is? Every hash derived again, every reference followed.
+
+A hash that doesn't fit its content means damage, or a change to `chain.canonical_parts` without a new
+prefix; a missing parent means that something was deleted from under a conversation. Nothing is repaired.
+
+Limits: reads every message once; the whole takes about as long as reading the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+from sqlalchemy import Connection, func, select
+
+from metaclaw_core.errors import WireError
+from metaclaw_core.store.chain import message_id, unpack_message
+from metaclaw_core.store.tables import blobs, messages, turns
+from metaclaw_core.wire.jsonio import canonical
+
+_MAX_PROBLEMS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    messages: int  # examined
+    turns: int
+    problems: tuple[str, ...]  # sentences, at most 100
+
+
+def verify(connection: Connection) -> VerifyReport:
+    problems: list[str] = []
+    examined = 0
+    for row in connection.execution_options(yield_per=200).execute(select(messages)):
+        examined += 1
+        try:
+            derived = message_id(row.parent, unpack_message(row.role, row.content))
+        except (KeyError, TypeError, ValueError, WireError) as e:
+            problems.append(f"message {row.id} can't be read: {type(e).__name__}: {e}")
+            continue
+        if derived != row.id:
+            problems.append(f"message {row.id} has content that hashes to {derived}")
+    for row in connection.execution_options(yield_per=200).execute(select(blobs)):
+        if sha256(canonical(row.content).encode("ascii")).hexdigest() != row.id:
+            problems.append(f"blob {row.id} has content with another hash")
+    parent = messages.alias("parent")
+    orphans = (
+        select(messages.c.id, messages.c.parent)
+        .outerjoin(parent, parent.c.id == messages.c.parent)
+        .where(messages.c.parent.is_not(None), parent.c.id.is_(None))
+    )
+    problems += [f"message {row.id} follows {row.parent}, which is missing" for row in connection.execute(orphans)]
+    for table, names in (
+        (messages, ("system_tip", "prompt_tip", "response_tip")),
+        (blobs, ("tools", "extra", "injection")),
+    ):
+        for name in names:
+            column = turns.c[name]
+            lost = (
+                select(turns.c.id, column.label("missing"))
+                .outerjoin(table, table.c.id == column)
+                .where(column.is_not(None), table.c.id.is_(None))
+            )
+            problems += [f"turn {row.id}: its {name} {row.missing} is missing" for row in connection.execute(lost)]
+    counted = connection.scalar(select(func.count()).select_from(turns)) or 0
+    return VerifyReport(examined, counted, tuple(problems[:_MAX_PROBLEMS]))

@@ -1,0 +1,1 @@
+from e2e_tools import metaclaw  # noqa: F401 - a fixture
