@@ -13,9 +13,12 @@ import sqlite3
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from mitmproxy import http, io
+
+if TYPE_CHECKING:
+    from mitmproxy import http
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTURES = ROOT / "tests" / "captures"
@@ -82,6 +85,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def capture() -> Callable[[str], list[http.HTTPFlow]]:
     """capture("ollama"): the flows of tests/captures/ollama.mitm, fresh objects at each call."""
+    from mitmproxy import http, io  # 1.5 s, which most test files need not spend
 
     def flows(name: str) -> list[http.HTTPFlow]:
         with (CAPTURES / f"{name}.mitm").open("rb") as file:

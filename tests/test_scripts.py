@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("bash", "cat", "cut", "dirname", "env", "grep", "id", "mkdir", "mv", "rm", "sed", "sha256sum", "sleep", "sort")
+PROGRAMS = ("bash", "cat", "chmod", "cp", "cut", "dirname", "env", "grep", "id", "mkdir", "mv", "rm", "sed", "sha256sum", "sleep", "sort")
 
 STAND_IN = """#!/bin/sh
 case "$1 $2" in

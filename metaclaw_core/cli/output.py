@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -45,22 +45,23 @@ def when(seconds: float | None) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%m-%d %H:%M:%S") if seconds is not None else "-"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
-    """A table that fits the terminal, one line a row; `empty` is said where there is no row."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str, wide: Collection[str] = ()) -> None:
+    """A table that fits the terminal, one line a row; the columns in `wide` share what the others leave. `empty` is
+    said where there is no row."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=None, pad_edge=False, header_style="bold")
+    grid = Table(box=None, pad_edge=False, header_style="bold", expand=bool(wide))
     for head in heads:
-        grid.add_column(head, no_wrap=True, overflow="ellipsis")
+        grid.add_column(head, no_wrap=True, overflow="ellipsis", ratio=1 if head in wide else None)
     count = 0
     for row in rows:
         count += 1
         # Text, not markup: what people write to agents is full of square brackets.
         grid.add_row(*(Text(" ".join(cell.encode("utf-8", "replace").decode()[:200].split())) for cell in row))
     if count:
-        console = Console(width=None if sys.stdout.isatty() else 200)
+        console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(grid)
     else:
         click.echo(empty)

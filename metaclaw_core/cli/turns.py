@@ -39,6 +39,7 @@ def command(session: str | None, kind: str | None, state: str | None, limit: int
                 )
                 for row in rows
             ),
+            wide=("user", "assistant"),
             empty="No exchange has been recorded yet. `metaclaw start`, or `metaclaw import FILE` for a capture.",
         )
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy.addonmanager import Loader
+from mitmproxy.utils import asyncio_utils
 
 from metaclaw_core.agents.base import hints_from_headers
 from metaclaw_core.decode import decode_body
@@ -41,6 +42,7 @@ _TEE_LIMIT = 64 << 20
 
 
 type _Hook = Callable[[MetaClaw, http.HTTPFlow], None]
+type _AsyncHook = Callable[[MetaClaw, http.HTTPFlow], Coroutine[Any, Any, None]]
 
 
 def _guard(hook: _Hook) -> _Hook:
@@ -50,6 +52,19 @@ def _guard(hook: _Hook) -> _Hook:
     def guarded(self: MetaClaw, flow: http.HTTPFlow) -> None:
         try:
             hook(self, flow)
+        except Exception:  # noqa: BLE001
+            self.failed(hook.__name__)
+
+    return guarded
+
+
+def _guard_async(hook: _AsyncHook) -> _AsyncHook:
+    """The same for a hook that may wait."""
+
+    @functools.wraps(hook)
+    async def guarded(self: MetaClaw, flow: http.HTTPFlow) -> None:
+        try:
+            await hook(self, flow)
         except Exception:  # noqa: BLE001
             self.failed(hook.__name__)
 
@@ -89,11 +104,18 @@ class MetaClaw:
             self.settings = load_settings(options.layer(ctx.options))
         except MetaClawError as e:
             raise exceptions.OptionsError(f"metaclaw: {e}") from e
-        if self._runtime is not None:
-            self._rewriter = Rewriter(self.settings, self._runtime.sessions, self._runtime.spool)
+        if self._rewriter is not None:
+            self._make_rewriter()
+
+    def _make_rewriter(self) -> None:
+        assert self.settings is not None  # noqa: S101 - configure came first
+        assert self._runtime is not None  # noqa: S101
+        old = self._rewriter
+        self._rewriter = Rewriter(self.settings, self._runtime.sessions, self._runtime.spool)
+        if old is not None:
+            asyncio_utils.create_task(old.aclose(), name="metaclaw-retriever-close", keep_ref=True)
 
     def running(self) -> Any:
-        assert self.settings is not None  # noqa: S101 - configure came first
         try:
             self._runtime = runtime.acquire(self.home)
         except OSError as e:
@@ -102,7 +124,7 @@ class MetaClaw:
         contentviews.add(self._view)
         if not ctx.options.server:  # reading a capture: no traffic, no child, no socket
             return None
-        self._rewriter = Rewriter(self.settings, self._runtime.sessions, self._runtime.spool)
+        self._make_rewriter()
         self._service = Service(self._runtime, self, worker=self._worker)
         return asyncio.ensure_future(self._service.start())
 
@@ -137,8 +159,8 @@ class MetaClaw:
             principal=capture.principal(flow.request, self._runtime.key),
         )
 
-    @_guard
-    def request(self, flow: http.HTTPFlow) -> None:
+    @_guard_async
+    async def request(self, flow: http.HTTPFlow) -> None:
         if self._runtime is None:
             return
         flight = self._runtime.flights.get(flow.id)
@@ -152,7 +174,7 @@ class MetaClaw:
         if bypassed or flow.response is not None or flow.request.stream or self._rewriter is None:
             self._runtime.counters["bypassed"] += bypassed
             return
-        outcome = self._rewritten(flow, flight)
+        outcome = await self._rewritten(flow, flight)
         if outcome.identity is not None:
             flight.identity, flight.session = outcome.identity, outcome.session
         self._runtime.counters[outcome.reason or "injected"] += 1
@@ -181,7 +203,7 @@ class MetaClaw:
 
     # --- parts of the hooks -------------------------------------------------------------------
 
-    def _rewritten(self, flow: http.HTTPFlow, flight: Flight) -> Rewritten:
+    async def _rewritten(self, flow: http.HTTPFlow, flight: Flight) -> Rewritten:
         if self._rewriter is None or self.settings is None or not (body := flight.body):
             return Rewritten(None, "passed: no body")
         limit = self.settings.proxy.max_body_mb << 20
@@ -195,7 +217,7 @@ class MetaClaw:
             if not whole:
                 return Rewritten(None, "passed: content-encoding can't be undone")
         index = self._service.index if self._service else None
-        return self._rewriter.rewrite(flight.dialect, body, flow.request.path, flight.hints, flight.principal, index)
+        return await self._rewriter.rewrite(flight.dialect, body, flow.request.path, flight.hints, flight.principal, index)
 
     def _websocket(self, flow: http.HTTPFlow) -> None:
         """A WebSocket on an LLM path can't be learned from; 426 makes the client use plain HTTP."""

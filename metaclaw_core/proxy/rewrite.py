@@ -26,6 +26,7 @@ from metaclaw_core.redact import redact_text
 from metaclaw_core.settings import Settings
 from metaclaw_core.skills.index import Index
 from metaclaw_core.skills.inject import Block, SkillText, plan
+from metaclaw_core.skills.retrieve import Options, create_retriever
 from metaclaw_core.wire import splice
 from metaclaw_core.wire.base import Dialect
 
@@ -49,12 +50,28 @@ def prior_of(identity: Identity) -> Prior:
 
 
 class Rewriter:
+    """`rewrite` is a coroutine for the sake of retrievers that ask over the network; the default never waits."""
+
     def __init__(self, settings: Settings, sessions: Sessions, sink: SessionSink) -> None:
+        """Raises ConfigError for an unknown retrieval mode."""
         self._skills = settings.skills
         self._sessions = sessions
         self._sink = sink
+        self._retriever = create_retriever(
+            self._skills.retrieval_mode,
+            Options(
+                task_specific_top_k=self._skills.task_specific_top_k,
+                embedding_url=self._skills.embedding_url,
+                embedding_model=self._skills.embedding_model,
+                embedding_api_key=self._skills.embedding_api_key,
+            ),
+        )
+        self.note: str | None = None  # why the last retrieval fell back to TF-IDF
 
-    def rewrite(
+    async def aclose(self) -> None:
+        await self._retriever.aclose()
+
+    async def rewrite(
         self, dialect: Dialect, body: bytes, path: str, hints: Hints, principal: str, index: Index | None
     ) -> Rewritten:
         """`body` is decoded. Never raises for what a client sends."""
@@ -66,7 +83,7 @@ class Rewriter:
         if identity.kind not in _SERVED:
             return Rewritten(None, f"side turn: {identity.kind}", identity)
         key = session_key(principal, identity.session_id or _generic_session(request))
-        state = self._plan(key, request, identity, index)
+        state = await self._plan(key, request, identity, index)
         if not state.block or not self._skills.enabled:
             return Rewritten(None, "nothing to add", identity, key)
         try:
@@ -80,12 +97,13 @@ class Rewriter:
         injection = Injection(text=state.block, skills=tuple(state.skills), index_generation=state.generation)
         return Rewritten(new, None, identity, key, injection)
 
-    def _plan(self, key: str, request: Request, identity: Identity, index: Index | None) -> SessionState:
+    async def _plan(self, key: str, request: Request, identity: Identity, index: Index | None) -> SessionState:
         now = time.time()
         state = self._sessions.get(key)
         if state is None:
             state = SessionState(identity.session_id, identity.session_key)
-        turn = identity.trace or _digest(f"{len(identity.human_texts)}\n{identity.user_text}")
+        # A trace id alone is not one turn: what a person adds while the agent works shares it.
+        turn = _digest(f"{identity.trace or len(identity.human_texts)}\n{identity.user_text}")
         fresh = identity.kind is not Kind.TOOL and turn != state.turn and not (identity.retry and state.turn)
         if fresh and identity.user_text and index is not None:
             if self._epoch_ended(state, request, identity, index, now):
@@ -94,8 +112,10 @@ class Rewriter:
                 texts = [*state.texts, identity.user_text]
             else:
                 texts = list(identity.human_texts)
-            self._choose(state, request, texts, index)
-            state.turn, state.mark = turn, identity.history_mark
+            await self._choose(state, request, texts, index)
+            state.turn = turn
+            if not request.previous_response_id:
+                state.mark = identity.history_mark
             state.texts = [redact_text(text[:2000]) for text in texts[-MAX_TEXTS:]]
         if not request.previous_response_id:
             state.messages = len(request.messages)
@@ -106,21 +126,24 @@ class Rewriter:
     def _epoch_ended(self, state: SessionState, request: Request, identity: Identity, index: Index, now: float) -> bool:
         if not state.block:
             return False
+        whole = not request.previous_response_id  # a delta shows neither the summary nor how long the history is
         return (
-            identity.history_mark != state.mark
+            (whole and identity.history_mark != state.mark)
             or now - state.used_at > self._skills.idle_minutes * 60
-            or (not request.previous_response_id and len(request.messages) < state.messages // 2)
+            or (whole and len(request.messages) < state.messages // 2)
             or any(index.skill(name) is None for name in state.skills)
         )
 
-    def _choose(self, state: SessionState, request: Request, texts: list[str], index: Index) -> None:
+    async def _choose(self, state: SessionState, request: Request, texts: list[str], index: Index) -> None:
         def lookup(name: str) -> SkillText | None:
             skill = index.skill(name)
             return SkillText(skill.name, skill.description, skill.body) if skill else None
 
+        found = await self._retriever.retrieve(texts, index, self._skills.top_k)
+        self.note = found.note
         block = plan(
             Block(state.block, tuple(state.skills), state.appends),
-            index.search(texts, self._skills.top_k),
+            found.hits,
             lookup,
             top_k=self._skills.top_k,
             max_tokens=self._skills.max_injected_tokens,

@@ -25,7 +25,18 @@ from metaclaw_core.settings import Settings, load_settings
 from metaclaw_core.settings import home as default_home
 from metaclaw_core.skills.content import encode
 from metaclaw_core.skills.embedding import Embedder, EmbeddingError, create_embedder, embed_index
-from metaclaw_core.skills.index import BODY, EMPTY_FIELD, HEAD, Field, Index, Shape, State, body_terms, head_terms
+from metaclaw_core.skills.index import (
+    BODY,
+    EMPTY_FIELD,
+    HEAD,
+    Field,
+    Index,
+    Shape,
+    State,
+    body_terms,
+    calibrated,
+    head_terms,
+)
 from metaclaw_core.skills.indexfile import VERSION, IndexDamaged, load_index, read_origin, save_index
 from metaclaw_core.skills.library import open_library
 from metaclaw_core.skills.retrieve import Options
@@ -39,17 +50,16 @@ def build_index(skills: Iterable[Skill], *, generation: int = 1) -> Index:
     """An index of the retrievable ones among `skills`. Of several with one name the last counts."""
     chosen = list({skill.name: skill for skill in skills if skill.retrievable}.values())
     names = tuple(skill.name for skill in chosen)
-    return Index(
-        State(
-            generation=generation,
-            names=names,
-            positions={name: i for i, name in enumerate(names)},
-            contents=tuple(encode(skill) for skill in chosen),
-            categories=tuple(skill.category for skill in chosen),
-            head=_field([head_terms(skill) for skill in chosen], HEAD),
-            body=_field([body_terms(skill) for skill in chosen], BODY),
-        )
+    state = State(
+        generation=generation,
+        names=names,
+        positions={name: i for i, name in enumerate(names)},
+        contents=tuple(encode(skill) for skill in chosen),
+        categories=tuple(skill.category for skill in chosen),
+        head=_field([head_terms(skill) for skill in chosen], HEAD),
+        body=_field([body_terms(skill) for skill in chosen], BODY),
     )
+    return Index(calibrated(state))
 
 
 async def publish(skills: Iterable[Skill], path: Path, *, origin: str = "", embedder: Embedder | None = None) -> Index:

@@ -10,9 +10,16 @@ can be added without touching what is there: its postings are inserted, and ever
 would give, except that mean |d| stays that of the last build. `build` (scikit-learn) makes an index, `indexfile`
 reads and writes it.
 
-Scores have no natural unit and grow with the library. `rarity`, the idf of a term that one skill has, is the unit
-in which thresholds hold from forty skills to five thousand: below `cutoff` = 3 · rarity a text is taken to ask for
-nothing that any skill is about, and `search` finds nothing.
+Scores have no natural unit: they grow with the number of skills and with how much text a skill has. So the cut-off
+is calibrated on the library itself:
+
+    cutoff = U · (0.4 + L / 15)
+
+U is the weight of a skill's most telling terms (its best one in the head plus its best one in the body), averaged over
+the skills; L the idf of a term that one skill has. In words: a text must say about as much as the one word that says
+most of a skill, somewhat less in a small library, where chance agreement is rarer. Below that `search` finds nothing.
+Measured at 10, 36, 44, 83, 200, 1,000 and 5,235 skills with long and short texts: 93 % or more of small talk is given
+nothing; of requests 98 % or more are given something where skills have bodies, nine in ten where they are a line or two.
 
 An `Index` is a handle on one immutable state: `add` and `remove` replace the state as a whole, so a search that
 runs in another thread sees the old one or the new one.
@@ -41,8 +48,6 @@ from metaclaw_core.skills.tokens import pairs, words
 
 BODY_CHARS = 8_000
 """Only the beginning of a body is indexed. Measured: more ranks no better."""
-
-_CUTOFF = 3.0  # times rarity
 
 
 class Hit(NamedTuple):
@@ -85,6 +90,14 @@ class Field:
         docs, parts = self.docs, self.parts
         for a, b, weight in zip(first.tolist(), last.tolist(), weights.tolist(), strict=True):
             out[docs[a:b]] += parts[a:b] * weight  # a skill occurs once per term, so no sum is lost
+
+    def best_weights(self, skills: int) -> NDArray[np.float64]:
+        """The weight of each skill's heaviest term, (skills,); 0 for one without terms."""
+        having = np.diff(self.starts)
+        idf = np.log1p((skills - having + 0.5) / (having + 0.5))
+        best = np.zeros(skills)
+        np.maximum.at(best, self.docs, np.repeat(idf, having) * self.parts)
+        return best
 
     def with_doc(self, doc: int, terms: Sequence[str], shape: Shape) -> Field:
         """The field with one more skill, at position `doc`."""
@@ -137,6 +150,7 @@ class State:
     body: Field
     vectors: NDArray[np.float32] | None = None  # (skills, dimensions), unit length; a zero row: not embedded yet
     embedding_model: str | None = None  # that made `vectors`
+    telling: float = 0.0  # U of the module's cut-off
     origin: str = ""  # what it was built from, as its builder recognises it again
 
 
@@ -178,14 +192,9 @@ class Index:
         return self._state.names
 
     @property
-    def rarity(self) -> float:
-        """The idf of a term that exactly one skill has: the unit of scores. 0 for an empty index."""
-        return _rarity(self._state)
-
-    @property
     def cutoff(self) -> float:
         """A text whose best skill scores less is given nothing."""
-        return _CUTOFF * _rarity(self._state)
+        return cutoff_of(self._state)
 
     def skill(self, name: str) -> Skill | None:
         """The skill as it was indexed, without metadata and source; None: not in the index."""
@@ -207,7 +216,7 @@ class Index:
             return []
         query = text if isinstance(text, Query) else Query.of(text)
         scores = _scores(state, query)
-        least = _CUTOFF * _rarity(state) if cutoff is None else cutoff
+        least = cutoff_of(state) if cutoff is None else cutoff
         if float(scores.max()) < least:
             return []
         return [Hit(state.names[i], float(scores[i])) for i in top(scores, k)]
@@ -215,7 +224,7 @@ class Index:
     def spoken(self, query: Query) -> list[tuple[str, float]]:
         """The turns of `query` that take part, newest first, with their weights."""
         state = self._state
-        return _query.turns(query, _rarity(state), lambda text: score_terms(state, _query.terms(text)))
+        return _query.turns(query, cutoff_of(state), lambda text: score_terms(state, _query.terms(text)))
 
     def add(self, skill: Skill) -> Index:
         """Makes `skill` retrievable at once, in place of one of the same name, and returns this index.
@@ -230,7 +239,7 @@ class Index:
             vectors = state.vectors
             if vectors is not None:
                 vectors = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
-            self._state = replace(
+            grown = replace(
                 state,
                 generation=self._state.generation + 1,
                 names=(*state.names, skill.name),
@@ -241,13 +250,15 @@ class Index:
                 body=state.body.with_doc(at, body_terms(skill), BODY),
                 vectors=vectors,
             )
+            self._state = calibrated(grown)
         return self
 
     def remove(self, name: str) -> Index:
         """Takes a skill out and returns this index; an unknown name changes nothing."""
         with self._writing:
             if name in self._state.positions:
-                self._state = replace(_without(self._state, name), generation=self._state.generation + 1)
+                shrunk = replace(_without(self._state, name), generation=self._state.generation + 1)
+                self._state = calibrated(shrunk)
         return self
 
 
@@ -267,9 +278,17 @@ def score_terms(state: State, terms: Mapping[str, float]) -> NDArray[np.float32]
     return scores
 
 
-def _rarity(state: State) -> float:
-    n = len(state.names)
-    return math.log1p((n - 0.5) / 1.5) if n else 0.0
+def cutoff_of(state: State) -> float:
+    rarity = math.log1p((len(state.names) - 0.5) / 1.5) if state.names else 0.0
+    return state.telling * (0.4 + rarity / 15)
+
+
+def calibrated(state: State) -> State:
+    """`state` with its `telling`; the last step of whoever changes the fields."""
+    skills = len(state.names)
+    if not skills:
+        return replace(state, telling=0.0)
+    return replace(state, telling=float((state.head.best_weights(skills) + state.body.best_weights(skills)).mean()))
 
 
 def _scores(state: State, query: Query) -> NDArray[np.float32]:
@@ -281,7 +300,7 @@ def _scores(state: State, query: Query) -> NDArray[np.float32]:
             single[text] = score_terms(state, _query.terms(text))
         return single[text]
 
-    spoken = _query.turns(query, _rarity(state), score)
+    spoken = _query.turns(query, cutoff_of(state), score)
     if len(spoken) == 1:
         return single[spoken[0][0]]
     total = np.zeros(len(state.names), np.float32)

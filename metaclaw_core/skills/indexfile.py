@@ -76,6 +76,7 @@ def save_index(index: Index, path: Path) -> None:
             "names": state.names,
             "categories": state.categories,
             "fields": fields,
+            "telling": state.telling,
             "origin": state.origin,
             "embedding_model": state.embedding_model,
             "dimensions": 0 if state.vectors is None else state.vectors.shape[1],
@@ -143,6 +144,7 @@ def _read(header: dict[str, Any], data: memoryview) -> Index:
         body=_read_field(header["fields"]["body"], "body", section, len(names)),
         vectors=np.frombuffer(section("vectors"), "<f4").reshape(len(names), dimensions) if dimensions else None,
         embedding_model=header["embedding_model"],
+        telling=float(header["telling"]),
         origin=header["origin"],
     )
     if not len(state.names) == len(state.positions) == len(state.contents) == len(state.categories):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from metaclaw_core.skills.tokens import capped, pairs, words
 
 MAX_TURNS = 8
-_ENOUGH = 5.5  # times the weight of a term that one skill has; flat between 5 and 6 on conversations
+_ENOUGH = 2.1  # times the index's cut-off; flat between 1.9 and 2.3 on conversations
 _LEAST = 0.1  # a smaller rest of weight changes no ranking
 
 
@@ -48,13 +48,13 @@ def terms(text: str) -> Mapping[str, float]:
     return {term: 1.0 + math.log(n) if n > 1 else 1.0 for term, n in Counter(found).items()}
 
 
-def turns(query: Query, rarity: float, score: Callable[[str], NDArray[np.float32]]) -> list[tuple[str, float]]:
-    """The turns that speak, newest first, with their weights. `rarity`: see `Index.rarity`; `score`: of one turn alone."""
+def turns(query: Query, cutoff: float, score: Callable[[str], NDArray[np.float32]]) -> list[tuple[str, float]]:
+    """The turns that speak, newest first, with their weights. `score`: every skill's, for one turn alone."""
     weight, spoken = 1.0, []
     for text in reversed(query.texts):
         spoken.append((text, weight))
         best = float(score(text).max(initial=0.0))
-        weight *= max(0.0, 1.0 - (best / (_ENOUGH * rarity)) ** 2) if rarity > 0 else 0.0
+        weight *= max(0.0, 1.0 - (best / (_ENOUGH * cutoff)) ** 2) if cutoff > 0 else 0.0
         if weight < _LEAST:
             break
     return spoken

@@ -43,18 +43,18 @@ _ENGLISH = (
 )
 # Of German, French, Spanish, Portuguese and Italian.
 _OTHERS = (
-    "aber algo alla als anche ao aos así au auch auf aus aux avec bei bin bis bist bitte bonjour cada ce ces cette "
-    "che chi ciao como con cosa cual cuando cui cuál cuándo cómo danke dann dans das dass de dei dein del dele "
-    "della delle dem der des dich dir do doch donde dove du durch dónde e ein eine einem einen einer eines el ela "
-    "ele ella elle ellos en er era esa ese eso essa esse est esta este esto estou estoy está están estás et eux "
-    "foi fue für ganz geht gli gracias grazie haben hacer hai hallo ho hola hoy ich ihm ihn ihr il ils im isso ist "
-    "ja je jetzt kann kannst kein keine la las le les leur lo loro los lui mais mas mein meine merci mes meu mia "
-    "mich minha mio mit mon muito muy más même nach nas ne nein nel nella ni nicht no noch non nous nur não o "
-    "obrigada obrigado oder ohne onde ou où para pas pela pelo perché pero peut peux più por porque puede puedes "
-    "puoi può quand quando que quello quem questa questo qui quiero quién quoi qué sa schon se sehr sein seine sem "
-    "ser ses seu si sich sie sind so sobre sono sont su sua suis suo sus são sí ta también também te tem tengo tes "
-    "ti toi tra très tu tuo tus um uma un una unas und une unos uns você vom von vor vous wann warum weil welche "
-    "wenn wer werden wie wir wird wo y ya zu zum zur à ça è été être über "
+    "aber algo alla als anche ao aos así au auch auf aus aux avec bei bis bist bitte bonjour cada ce ces cette che "
+    "chi ciao como con cosa cual cuando cui cuál cuándo cómo danke dann dans das dass de dei dein del dele della "
+    "delle dem der des dich do doch donde dove du durch dónde e ein eine einem einen einer eines el ela ele ella "
+    "elle ellos en er esa ese eso essa esse est esta este esto estou estoy está están estás et eux foi fue für "
+    "ganz geht gli gracias grazie haben hacer hai hallo ho hola hoy ich ihm ihn ihr il ils im isso ist ja je jetzt "
+    "kann kannst kein keine la las le les leur lo loro los lui mais mas mein meine merci mes meu mia mich minha "
+    "mio mon muito muy más même nach nas ne nein nel nella ni nicht no noch non nous nur não o obrigada obrigado "
+    "oder ohne onde ou où para pas pela pelo perché pero peut peux più por porque puede puedes puoi può quand "
+    "quando que quello quem questa questo qui quiero quién quoi qué sa schon se sehr sein seine ser ses seu si "
+    "sich sie sind so sobre sono sont su sua suis suo sus são sí ta también também te tem tengo tes ti toi tra "
+    "très tu tuo tus um uma un una unas und une unos uns você vom von vor vous wann warum weil welche wenn wer "
+    "werden wie wir wird wo y ya zu zum zur à ça è été être über "
 )
 _FUNCTION_WORDS = frozenset((_ENGLISH + _OTHERS).split())
 

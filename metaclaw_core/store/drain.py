@@ -52,7 +52,9 @@ def drain_under_lease(store: Store, folder: Path, *, wait_s: float = 5.0) -> Dra
     deadline = time.monotonic() + wait_s
     while not store.acquire_lease(LEASE, owner, LEASE_SECONDS):
         if time.monotonic() > deadline:
-            return DrainReport(problems=("Another process is taking in the newest exchanges; they may be missing here.",))
+            return DrainReport(
+                problems=("Another process is taking in the newest exchanges; they may be missing here.",)
+            )
         time.sleep(0.05)
     try:
         return drain_spools(store, folder)

@@ -31,7 +31,7 @@ from metaclaw_core.agents.base import Identity, Prior
 from metaclaw_core.agents.openclaw import conversation_of
 from metaclaw_core.model import Exchange, Json, Kind, Message, Request, Role
 from metaclaw_core.store.chain import chain_ids, message_id, pack_message
-from metaclaw_core.store.queries import add_to_counter, insert_new, known_messages, load_chain
+from metaclaw_core.store.queries import add_to_counter, insert_new, insert_one, known_messages, load_chain
 from metaclaw_core.store.reading import Reading
 from metaclaw_core.store.sessions import by_conversation, by_prefix, generated_id, touch
 from metaclaw_core.store.tables import blobs, messages, sessions, turns
@@ -155,7 +155,7 @@ class Ingest:
         return _Seen(self._insert_turn(row), identity.unknown_preambles)
 
     def _insert_turn(self, row: dict[str, Any]) -> bool:
-        return insert_new(self._db, turns, [row]) == 1
+        return insert_one(self._db, turns, row)
 
     def _response_columns(self, reading: Reading, prompt_tip: str | None) -> dict[str, Any]:
         response = reading.response
@@ -175,7 +175,7 @@ class Ingest:
             return columns
         tip = message_id(prompt_tip, message)
         content = pack_message(message)
-        if tip in self._known or not self._put([(tip, prompt_tip, message)]):
+        if tip in self._known or not self._put_answer(tip, prompt_tip, content):
             stored = self._db.scalar(select(messages.c.content).where(messages.c.id == tip))
             columns["response"] = None if stored == content else content
         calls = [{"name": c.name, "arguments": c.arguments, "id": c.id} for c in message.tool_calls]
@@ -206,23 +206,19 @@ class Ingest:
         if len(unknown) > _ASK_ABOVE:
             self._known.update(known_messages(self._db, unknown))
         parents = (chain.parent, *chain.ids)
-        self._put(
-            [
-                (chain_id, parent, message)
-                for chain_id, parent, message in zip(chain.ids, parents, chain.messages, strict=False)
-                if chain_id not in self._known
-            ]
-        )
+        rows = [
+            {"id": chain_id, "parent": parent, "role": message.role.value, "content": pack_message(message)}
+            for chain_id, parent, message in zip(chain.ids, parents, chain.messages, strict=False)
+            if chain_id not in self._known
+        ]
+        insert_new(self._db, messages, rows)
+        self._remember([row["id"] for row in rows])
 
-    def _put(self, rows: list[tuple[str, str | None, Message]]) -> int:
-        """How many were new, exact for one row only."""
-        new = insert_new(
-            self._db,
-            messages,
-            [{"id": i, "parent": p, "role": m.role.value, "content": pack_message(m)} for i, p, m in rows],
-        )
-        self._remember([i for i, _, _ in rows])
-        return new
+    def _put_answer(self, tip: str, parent: str | None, content: Json) -> bool:
+        """False: somebody has written a message of this id before, perhaps with other reasoning in it."""
+        self._remember([tip])
+        row = {"id": tip, "parent": parent, "role": Role.ASSISTANT.value, "content": content}
+        return insert_one(self._db, messages, row)
 
     def _put_blob(self, value: Json) -> str | None:
         if value is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import batched
+from typing import Any
 
 from sqlalchemy import Connection, Integer, Table, Text, bindparam, literal, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql.dml import Insert as PostgresInsert
 from sqlalchemy.dialects.sqlite.dml import Insert as SqliteInsert
+from sqlalchemy.sql.dml import ReturningInsert
 
 from metaclaw_core.errors import StoreError
 from metaclaw_core.model import Message
@@ -29,9 +31,20 @@ def _insert_new(dialect: str, table: Table) -> SqliteInsert | PostgresInsert:
     return upsert(dialect, table).on_conflict_do_nothing()
 
 
-def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, object]]) -> int:
-    """Insert what isn't there; rows of another writer stay as they are. How many were new, exact for one row only."""
-    return connection.execute(_insert_new(connection.dialect.name, table), rows).rowcount if rows else 0
+@cache
+def _insert_one(dialect: str, table: Table) -> ReturningInsert[Any]:
+    return _insert_new(dialect, table).returning(table.c.id)
+
+
+def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert what isn't there; rows of another writer stay as they are."""
+    if rows:
+        connection.execute(_insert_new(connection.dialect.name, table), rows)
+
+
+def insert_one(connection: Connection, table: Table, row: dict[str, Any]) -> bool:
+    """The same for one row; False if it was there."""
+    return connection.execute(_insert_one(connection.dialect.name, table), row).first() is not None
 
 
 _KNOWN = select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True)))

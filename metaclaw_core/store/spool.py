@@ -240,7 +240,7 @@ class SpoolReader(_Spool):
             for row_id, head, request_body, response_body in cursor:
                 try:
                     out.append((row_id, exchange_of(head, request_body, response_body)))
-                except (StoreError, KeyError, TypeError, ValueError) as e:
+                except (MetaClawError, KeyError, TypeError, ValueError) as e:
                     bad[row_id] = f"not an exchange: {e}"
                 size += len(request_body) + len(response_body)
                 if size >= max_bytes:

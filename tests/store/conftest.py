@@ -52,7 +52,9 @@ def store(database: str) -> Iterator[Store]:
         yield opened
 
 
-def stream(answer: str, response_id: str = "chatcmpl-1", calls: list[dict[str, Any]] | None = None, **delta: Any) -> bytes:
+def stream(
+    answer: str, response_id: str = "chatcmpl-1", calls: list[dict[str, Any]] | None = None, **delta: Any
+) -> bytes:
     """A chat completions stream with this answer."""
     message: dict[str, Any] = {"role": "assistant", "content": answer, **delta}
     if calls:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 import signal
 import sqlite3
 import stat
@@ -17,7 +18,7 @@ from typing import Any
 import brotli
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from metaclaw_core.model import Exchange, Hints, Injection
@@ -224,10 +225,13 @@ def test_a_read_only_folder_is_a_typed_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_typed_error_and_the_writer_goes_on(path: Path, chat: Any) -> None:
     with SpoolWriter(path) as writer:
         writer.append([chat("one")])
-        writer.set_size_limit(64 * 1024)
-        with pytest.raises(SpoolError, match="can't be written: database or disk is full"):
-            writer.append([chat("x" * 400_000)])
-        writer.set_size_limit(10 * 1024 * 1024)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        try:
+            with pytest.raises(SpoolError, match="can't be written"):
+                writer.append([chat("small"), chat("x" * 400_000)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         writer.append([chat("two")])
     with SpoolReader(path) as reader:
         assert reader.counts() == (2, 0)
@@ -257,10 +261,30 @@ def test_a_newer_format_is_refused(path: Path) -> None:
         SpoolReader(path)
 
 
+@example("\ud800 \x00", 0.1, True)
 @given(text=st.text(max_size=30), number=st.floats(allow_nan=False, allow_infinity=False), flag=st.booleans())
 def test_any_field_survives_the_head(text: str, number: float, flag: bool) -> None:
     exchange = Exchange(
-        text, text, text, text, text, 1, text, number, number, text, Hints(text), b"", "", 5, b"", "", text, flag, text, flag
+        text,
+        text,
+        text,
+        text,
+        text,
+        1,
+        text,
+        number,
+        number,
+        text,
+        Hints(text),
+        b"",
+        "",
+        5,
+        b"",
+        "",
+        text,
+        flag,
+        text,
+        flag,
     )
     assert exchange_of(head_of(exchange), b"", b"") == exchange
     assert json.loads(head_of(exchange))["flow_id"] == text

@@ -586,25 +586,25 @@ any_event = st.builds(
 
 
 @given(mutated(REQUEST) | st.dictionaries(st.sampled_from(sorted(REQUEST)), hinted) | hinted)
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_any_request_is_read_or_a_wire_error(body: Any):
     assert refused(lambda: parse(body)) != ""
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(NAMES), hinted) | hinted))
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_any_items_are_read_or_a_wire_error(found: Any):
     assert refused(lambda: items(*found)) != ""
 
 
 @given(mutated(ANSWER) | st.dictionaries(st.sampled_from(sorted(ANSWER)), hinted) | hinted)
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_any_answer_is_read_or_a_wire_error(body: Any):
     assert refused(lambda: OPENAI_RESPONSES.parse_response(json.dumps(body).encode())) != ""
 
 
 @given(mutated(EVENTS) | mutated(EVENTS[:-1]) | st.lists(any_event, max_size=6) | st.lists(hinted))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_any_stream_is_read(events: list[Any]):
     stream(sse(*events))
 
