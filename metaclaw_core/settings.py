@@ -215,8 +215,9 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def skills_dir(settings: Settings) -> Path:
-    """The user's own skills; the default moves with ``METACLAW_HOME``."""
-    if settings.skills.dir == Skills.model_fields["dir"].default:
-        return home() / "skills"
-    return Path(settings.skills.dir).expanduser()
+def skills_settings(settings: Settings) -> Skills:
+    """The `skills` section with its folder resolved: the default one moves with ``METACLAW_HOME``."""
+    skills = settings.skills
+    if skills.dir == Skills.model_fields["dir"].default:
+        return skills.model_copy(update={"dir": str(home() / "skills")})
+    return skills

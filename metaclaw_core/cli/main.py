@@ -16,11 +16,15 @@ from metaclaw_core import __version__
 from metaclaw_core.errors import MetaClawError
 
 _COMMANDS = {
-    "start": ("start", "Run the proxy: skills into prompts, exchanges into the store."),
-    "import": ("import_", "Record captured flows (mitmproxy files or HAR)."),
-    "turns": ("turns", "List recorded exchanges."),
-    "sessions": ("sessions", "List recorded sessions."),
-    "store": ("store", "Check and describe the store."),
+    "start": ("start:command", "Run the proxy: skills into prompts, exchanges into the store."),
+    "status": ("status:status", "What the running proxies do."),
+    "bypass": ("status:bypass", "Let requests pass unchanged for a while."),
+    "skills": ("skills:command", "Look at, search, add, check and take back skills."),
+    "turns": ("turns:command", "List recorded exchanges."),
+    "sessions": ("sessions:command", "List recorded sessions."),
+    "import": ("import_:command", "Record captured flows (mitmproxy files or HAR)."),
+    "store": ("store:command", "Check the store."),
+    "worker": ("worker:command", "Run the background jobs by hand."),
 }
 
 
@@ -31,7 +35,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"metaclaw_core.cli.{_COMMANDS[cmd_name][0]}").command
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"metaclaw_core.cli.{module}"), name)
         return command
 
     def resolve_command(

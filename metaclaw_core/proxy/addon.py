@@ -22,6 +22,7 @@ from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy.addonmanager import Loader
 from mitmproxy.utils import asyncio_utils
 
+from metaclaw_core.agents import agents
 from metaclaw_core.agents.base import hints_from_headers
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import MetaClawError
@@ -33,7 +34,7 @@ from metaclaw_core.proxy.service import Service
 from metaclaw_core.proxy.tee import Tee
 from metaclaw_core.proxy.tls import TunnelUntrusting
 from metaclaw_core.settings import Settings, home, load_settings
-from metaclaw_core.wire import find_route, websocket_route
+from metaclaw_core.wire import dialects, find_route, websocket_route
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,8 @@ class MetaClaw:
         except OSError as e:
             logger.warning("metaclaw: %s can't be used (%s): nothing is recorded, traffic goes on.", self.home, e)
             return None
+        dialects()  # loads the plug-ins now, not in the first request
+        agents()
         contentviews.add(self._view)
         if not ctx.options.server:  # reading a capture: no traffic, no child, no socket
             return None

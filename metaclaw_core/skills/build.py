@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from metaclaw_core.errors import MetaClawError
-from metaclaw_core.settings import Settings, load_settings
+from metaclaw_core.settings import Settings, load_settings, skills_settings
 from metaclaw_core.settings import home as default_home
 from metaclaw_core.skills.content import encode
 from metaclaw_core.skills.embedding import Embedder, EmbeddingError, create_embedder, embed_index
@@ -94,7 +94,7 @@ async def publish(skills: Iterable[Skill], path: Path, *, origin: str = "", embe
 
 def library_fingerprint(settings: Settings) -> str:
     """Changes when a skill file or a setting changes that the index depends on. One `stat` per skill."""
-    library = open_library(settings.skills)
+    library = open_library(skills_settings(settings))
     files = [(str(f), s.st_mtime_ns, s.st_size) for f in library.files() if (s := f.stat())]
     embed = settings.skills.retrieval_mode == "embedding"
     model = [settings.skills.embedding_url, settings.skills.embedding_model] if embed else []
@@ -110,7 +110,7 @@ def needs_build(home: Path, fingerprint: str) -> bool:
 async def build_from_settings(settings: Settings, home: Path) -> tuple[Index, list[str]]:
     """Publishes the library that the settings describe; the index and what was wrong on the way."""
     origin = library_fingerprint(settings)  # before the scan: what changes meanwhile is built next time
-    scan = open_library(settings.skills).scan()
+    scan = open_library(skills_settings(settings)).scan()
     problems = [f"{p.path}: {p.reason}" for p in scan.problems]
     if settings.skills.retrieval_mode != "embedding":
         return await publish(scan.usable, home / INDEX_FILE, origin=origin), problems

@@ -13,7 +13,7 @@ reads and writes it.
 Scores have no natural unit: they grow with the number of skills and with how much text a skill has. So the cut-off
 is calibrated on the library itself:
 
-    cutoff = U · (0.4 + L / 15)
+    cutoff = U · (0.45 + L / 15)
 
 U is the weight of a skill's most telling terms (its best one in the head plus its best one in the body), averaged over
 the skills; L the idf of a term that one skill has. In words: a text must say about as much as the one word that says
@@ -280,7 +280,7 @@ def score_terms(state: State, terms: Mapping[str, float]) -> NDArray[np.float32]
 
 def cutoff_of(state: State) -> float:
     rarity = math.log1p((len(state.names) - 0.5) / 1.5) if state.names else 0.0
-    return state.telling * (0.4 + rarity / 15)
+    return state.telling * (0.45 + rarity / 15)
 
 
 def calibrated(state: State) -> State:

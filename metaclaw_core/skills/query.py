@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from metaclaw_core.skills.tokens import capped, pairs, words
 
 MAX_TURNS = 8
-_ENOUGH = 2.1  # times the index's cut-off; flat between 1.9 and 2.3 on conversations
+_ENOUGH = 2.0  # times the index's cut-off; flat between 1.8 and 2.2 on conversations
 _LEAST = 0.1  # a smaller rest of weight changes no ranking
 
 

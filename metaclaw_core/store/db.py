@@ -6,6 +6,8 @@ never wait (WAL). The driver's own transaction handling is switched off, since i
 savepoints behind our back. A new file is made 0600 in a folder 0700; a folder that exists keeps its
 mode.
 
+Errors never quote parameters: those are people's conversations.
+
 Limits: WAL needs a local disk; on a network file system use PostgreSQL.
 """
 
@@ -37,7 +39,11 @@ def open_engine(target: str | Path) -> Engine:
     """An engine on a migrated database. Raises StoreError."""
     url = _url(target)
     try:
-        engine = _sqlite(url) if url.get_backend_name() == "sqlite" else create_engine(url, pool_pre_ping=True)
+        engine = (
+            _sqlite(url)
+            if url.get_backend_name() == "sqlite"
+            else create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        )
         with write(engine) as connection:
             migrate(connection)
     except (SQLAlchemyError, OSError) as e:
@@ -76,7 +82,7 @@ def _sqlite(url: URL) -> Engine:
         raise StoreError("The store needs a file: an SQLite database in memory can't be shared by processes.")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _record: Any) -> None:

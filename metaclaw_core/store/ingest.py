@@ -108,7 +108,7 @@ class Ingest:
         except Exception as e:
             logger.exception("metaclaw: exchange %s can't be stored as parsed", reading.exchange.flow_id)
             self._known.difference_update(self._fresh)
-            return f"internal error: {type(e).__name__}: {e}"
+            return f"internal error: {type(e).__name__}: {getattr(e, 'orig', None) or e}"
         if not seen.new:
             self._known.difference_update(self._fresh)
             self._counts["duplicates"] += 1

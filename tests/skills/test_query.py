@@ -20,7 +20,7 @@ def test_one_text_and_a_conversation_make_the_same_kind_of_query() -> None:
 
 
 def test_an_older_turn_speaks_as_far_as_the_newer_ones_said_little() -> None:
-    best = {"yes": 0.0, "maybe the index": 2.75, "a whole request": 9.0}
+    best = {"yes": 0.0, "maybe the index": 1.0, "a whole request": 9.0}
 
     def score(text: str) -> np.ndarray:
         return np.array([best[text]], np.float32)

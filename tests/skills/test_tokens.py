@@ -15,7 +15,7 @@ from metaclaw_core.skills.tokens import MAX_QUERY_CHARS, capped, pairs, words
         ("C++ and C# on .NET, not C", ["c++", "c#", ".net"]),
         ("issue#12 page 3", ["issue", "12", "page", "3"]),
         ("审查代码", ["审查", "查代", "代码"]),
-        ("用 pandas清洗CSV", ["用", "pandas", "清洗", "csv"]),
+        ("用 pandas清洗CSV", ["用", "panda", "清洗", "csv"]),
         ("코드 검토", ["코드", "검토"]),
         ("契約書を確認", ["契約", "約書", "書を", "を確", "確認"]),
         ("ありがとうございます", []),

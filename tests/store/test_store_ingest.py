@@ -463,15 +463,23 @@ def test_long_names_are_cut_and_stay_apart(store: Store, chat: Any) -> None:
 
 
 def test_one_bad_exchange_does_not_take_its_neighbours_along(store: Store, chat: Any) -> None:
-    """What no parser objects to and no database can hold: a nesting too deep to be written again."""
-    deep = "[" * 900 + "]" * 900
-    bad = chat("x")
-    bad = replace(bad, request_body=bad.request_body.replace(b'"stream"', b'"odd": ' + deep.encode() + b', "stream"'))
-    broken = replace(chat("y"), started_at=float("nan"))
-    report = store.ingest([chat("a"), bad, broken, chat("b")])
-    assert report.stored == 3 + (1 - len(report.failed))
-    assert {"a", "b"} <= set(rows(store, "user_text"))
+    """One that the database refuses as parsed, and one that it refuses in any form."""
+    refused = chat("x", injection=Injection("block", (), 10**30))
+    impossible = chat("y", port=10**30)
+    report = store.ingest([chat("a"), refused, impossible, chat("b")])
+    assert (report.stored, report.skipped) == (3, 1)
+    [(place, why)] = report.failed
+    assert place == 2
+    assert why.startswith("internal error: ")
+    assert rows(store, "state", "user_text") == [("skipped", None), ("captured", "a"), ("captured", "b")]
+    assert rows(store, "reason", state="skipped")[0].startswith("internal error: ")
     assert store.verify().problems == ()
+
+
+def test_a_nesting_too_deep_for_the_parser_is_a_reason(store: Store, chat: Any) -> None:
+    body = b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    store.ingest([replace(chat(), request_body=body)])
+    assert rows(store, "reason") == ["request body is nested too deeply"]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

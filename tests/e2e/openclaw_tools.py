@@ -1,0 +1,311 @@
+"""The real OpenClaw behind the real mitmdump, with the kit's scripted LLM behind both.
+
+Design: one gateway, one proxy and one LLM serve many tests, since a gateway takes ten seconds to start. The LLM
+runs in the test's own process and keeps the bytes it received; a script named before ours keeps the bytes the
+client sent (record_client.py). So "byte for byte" compares two recordings made on the two sides of the proxy.
+Everything listens on loopback; the kit's upstream_map.py refuses any other host. No key is real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import httpx
+from e2e_tools import ROOT, SCRIPT, environment, free_port, wait_for_port
+
+KIT = ROOT / ".openclaw-kit"
+SCRIPTS = Path(os.environ.get("METACLAW_SHARED") or ROOT.parent / "shared") / "openclaw"
+LLM_HOSTS = "api.openai.com,api.anthropic.com,generativelanguage.googleapis.com,ollama.com,api.example-llm.com"
+TOKEN = "fake-gateway-token"
+KEYS = {
+    "OPENAI_API_KEY": "sk-fake-openai-0000",
+    "ANTHROPIC_API_KEY": "sk-ant-api03-fake-0000",
+    "GEMINI_API_KEY": "AIzaFake0000",
+}
+LENGTHS = ("content-length",)  # the only header that may differ
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One request, as it was on the wire on one side of the proxy."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...]  # order and spelling kept
+    body: bytes
+    dialect: str = ""  # as the scripted LLM names it; "other" for what is no chat
+    answered: str = ""
+
+    def header(self, name: str) -> str | None:
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+    @property
+    def trace(self) -> str | None:
+        """The whole traceparent: the span is another one in every request."""
+        return self.header("traceparent")
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A request before and behind the proxy."""
+
+    sent: Message
+    got: Message
+
+    @property
+    def added(self) -> bytes:
+        """What the proxy inserted; fails unless the rest is the client's, byte for byte."""
+        a, b = self.sent.body, self.got.body
+        if a == b:
+            return b""
+        at = common_prefix(a, b)
+        extra = len(b) - len(a)
+        assert extra > 0, "the proxy took something away"
+        # The insertion can be moved left while its first bytes repeat; any place that fits proves it.
+        assert b[at + extra :] == a[at:] or b.endswith(a[at:]), "more than one place differs"
+        return b[at : at + extra]
+
+
+def common_prefix(a: bytes, b: bytes) -> int:
+    """How many first bytes are the same."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class RecordingLLM:
+    """The kit's scripted LLM on a plain and a TLS port. `script` may answer before it does: (turns, has tools) → reply or None."""
+
+    def __init__(self, script: Callable[[ModuleType, list[Any], bool], Any] | None = None) -> None:
+        kit = _kit_llm()
+        self.received: list[Message] = []
+        received = self.received
+
+        class Handler(kit.Handler):  # type: ignore[misc, name-defined]
+            def do_POST(self) -> None:
+                self.raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+                socket, self.rfile = self.rfile, io.BytesIO(self.raw)
+                try:
+                    super().do_POST()
+                finally:
+                    self.rfile = socket
+
+            do_GET = do_HEAD = do_PUT = do_DELETE = do_POST
+
+            def note(self, name: str, status: int, answered: str) -> None:
+                headers = tuple((key, value) for key, value in self.headers.items())
+                received.append(Message(self.command, self.path, headers, self.raw, name, answered))
+
+        if script is not None:
+            own = kit.decide
+            kit.decide = lambda turns, tools, trace: script(kit, turns, tools) or own(turns, tools, trace)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(KIT / "ca/llm.pem", KIT / "ca/llm.key")
+        self._servers = [kit.Server(0, None), kit.Server(0, None, tls)]
+        for server in self._servers:
+            server.RequestHandlerClass = Handler
+            server.daemon_threads = True
+        self.port, self.tls_port = (server.server_address[1] for server in self._servers)
+
+    def __enter__(self) -> Self:
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+
+def _kit_llm() -> ModuleType:
+    """A fresh copy of the kit's module, so that one LLM's state is not another's."""
+    spec = importlib.util.spec_from_file_location("scripted_llm", SCRIPTS / "scripted_llm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Stage:
+    """One user: OpenClaw's gateway, the proxy, the LLM. ``with Stage(folder) as stage: stage.say("hello", "example/fake-1", …)``"""
+
+    def __init__(self, folder: Path, llm: RecordingLLM, change: Callable[[dict[str, Any]], None] = lambda config: None) -> None:
+        """`change` edits OpenClaw's configuration (the kit's) before it starts."""
+        self.folder, self.llm = folder, llm
+        self.user, self.home, self.state = folder / "user", folder / "metaclaw", folder / "user/.openclaw"
+        self.flows, self.client_log = folder / "flows.mitm", folder / "client.jsonl"
+        self.proxy_port, self.reverse_port, self.gateway_port = free_port(), free_port(), free_port()
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._proxy: subprocess.Popen[bytes] | None = None
+        self._change = change
+
+    def __enter__(self) -> Self:
+        try:
+            for path in (self.home, self.state / "workspace", self.folder / "tmp"):
+                path.mkdir(parents=True)
+            (self.state / "workspace/notes.txt").write_text("remember the milk\n")
+            config = json.loads((SCRIPTS / "openclaw.json").read_text())
+            config["gateway"]["http"] = {"endpoints": {"chatCompletions": {"enabled": True}}}
+            config["models"]["providers"]["ollama"]["baseUrl"] = f"http://127.0.0.1:{self.reverse_port}"
+            self._change(config)
+            (self.state / "openclaw.json").write_text(json.dumps(config))
+            self.start_proxy()
+            self.start_gateway()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in reversed(self._running):
+            _end(process, 10)
+
+    # --- processes ----------------------------------------------------------------------------
+
+    def start_proxy(self, *, addon: bool = True) -> None:
+        """mitmdump, with our script unless told otherwise. The index is built before, so that the first turn has skills."""
+        scripts = [SCRIPTS / "upstream_map.py", ROOT / "tests/e2e/record_client.py", *([SCRIPT] if addon else [])]
+        if addon and not (self.home / "skills.index").exists():
+            self._python("-m", "metaclaw_core.skills.build")
+        env = environment(self.home) | {
+            "KIT_LLM_HOSTS": LLM_HOSTS,
+            "LLM_PORT": str(self.llm.port),
+            "LLM_TLS_PORT": str(self.llm.tls_port),
+        }
+        modes = [f"regular@127.0.0.1:{self.proxy_port}", f"reverse:http://127.0.0.1:{self.llm.port}@127.0.0.1:{self.reverse_port}"]
+        command = [str(Path(sys.executable).with_name("mitmdump")), "--set", f"confdir={self.folder / 'mitmproxy'}"]
+        command += ["--set", f"ssl_verify_upstream_trusted_ca={KIT / 'ca/ca.pem'}", "-w", f"+{self.flows}"]
+        command += [part for mode in modes for part in ("--mode", mode)]
+        command += [part for script in scripts for part in ("-s", str(script))]
+        command += ["--set", f"record_client={self.client_log}"]
+        self._proxy = self._start("mitmdump", command, env, self.proxy_port)
+
+    def stop_proxy(self) -> None:
+        assert self._proxy is not None
+        self._proxy.send_signal(signal.SIGINT)
+        self._proxy.wait(20)
+        self._running.remove(self._proxy)
+
+    def start_gateway(self) -> None:
+        self.gateway = self._start("gateway", [str(KIT / "node_modules/.bin/openclaw"), "gateway", "run"], self.agent_env(), self.gateway_port)
+
+    def agent_env(self, **more: str) -> dict[str, str]:
+        """What a user sets, and what the kit's configuration refers to."""
+        url = f"http://127.0.0.1:{self.proxy_port}"
+        bare = {key: value for key, value in environment(self.home).items() if key != "METACLAW_HOME"}
+        return bare | KEYS | {
+            "HOME": str(self.user),
+            "PATH": f"{KIT / 'node_modules/.bin'}:{os.environ['PATH']}",
+            "TMPDIR": str(self.folder / "tmp"),
+            "HTTP_PROXY": url,
+            "HTTPS_PROXY": url,
+            "NODE_EXTRA_CA_CERTS": str(self.folder / "mitmproxy/mitmproxy-ca-cert.pem"),
+            "LLM_PORT": str(self.llm.port),
+            "OPENCLAW_GATEWAY_PORT": str(self.gateway_port),
+            "OPENCLAW_LOG_FILE": str(self.folder / "openclaw.log"),
+            "NO_COLOR": "1",
+        } | more
+
+    def _start(self, name: str, command: Sequence[str], env: dict[str, str], port: int) -> subprocess.Popen[bytes]:
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=self.folder, start_new_session=True)
+        self._running.append(process)
+        wait_for_port(port, process, log)
+        return process
+
+    def _python(self, *arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], env=environment(self.home), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # --- what a person does -------------------------------------------------------------------
+
+    def openclaw(self, *arguments: str, timeout: float = 120, **env: str) -> str:
+        """The command line, as a user would type it."""
+        command = [str(KIT / "node_modules/.bin/openclaw"), *arguments]
+        done = subprocess.run(command, env=self.agent_env(**env), cwd=self.user, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def say(self, text: str, model: str, session: str, *more: str) -> str:
+        return self.openclaw(
+            *("agent", "--agent", "main", "--session-key", f"agent:main:{session}", "--model", model, *more, "-m", text)
+        )
+
+    def post(self, text: str, model: str, session: str) -> str:
+        """The same over the gateway's chat API, which spares the start of the command line."""
+        answer = httpx.post(
+            f"http://127.0.0.1:{self.gateway_port}/v1/chat/completions",
+            json={"model": "openclaw", "messages": [{"role": "user", "content": text}]},
+            headers={
+                "authorization": f"Bearer {TOKEN}",
+                "x-openclaw-session-key": f"agent:main:{session}",
+                "x-openclaw-model": model,
+            },
+            timeout=120,
+            trust_env=False,
+        )
+        assert answer.status_code == 200, answer.text
+        said: str = answer.json()["choices"][0]["message"]["content"]
+        return said
+
+    # --- what was seen ------------------------------------------------------------------------
+
+    def sent(self) -> list[Message]:
+        if not self.client_log.exists():
+            return []
+        rows = [json.loads(line) for line in self.client_log.read_text().splitlines()]
+        return [
+            Message(r["method"], r["path"], tuple((k, v) for k, v in r["headers"]), b64decode(r["body"])) for r in rows
+        ]
+
+    def pairs(self, start: int = 0) -> list[Pair]:
+        """Chats from the `start`-th on in the order in which the LLM received them, each with what the client sent."""
+        before = {message.trace: message for message in self.sent()}
+        got = [message for message in list(self.llm.received)[start:] if message.dialect != "other"]
+        assert all(message.trace for message in got)
+        return [Pair(before[message.trace], message) for message in got]
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, f"it did not come in {seconds} s"
+            time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask, wait, insist: a gateway that was stopped in the middle of a turn would drain for minutes."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
