@@ -19,7 +19,7 @@ from metaclaw_core.errors import WireError
 
 LIMIT = 256 * 1024 * 1024
 _STEP = 64 * 1024
-_ZSTD_STEP = 1024  # zstandard has no bound on what one step gives; a block of 4 bytes can give 128 kB
+_ZSTD_STEP = 256  # zstandard has no bound on what one step gives; a block of 4 bytes can give 128 kB
 
 
 def decode_body(data: bytes, encoding: str, limit: int = LIMIT) -> tuple[bytes, bool]:

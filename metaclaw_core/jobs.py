@@ -38,6 +38,7 @@ async def refresh_index(settings: Settings, home: Path) -> IndexReport:
         return IndexReport(built=False)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",  # nothing is imported from the folder we happen to be in
         "-m",
         "metaclaw_core.skills.build",
         stdin=asyncio.subprocess.DEVNULL,

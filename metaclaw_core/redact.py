@@ -3,7 +3,7 @@
 Design: a credential has a shape (a vendor's prefix, a PEM frame, a JWT) and is replaced by a typed
 placeholder ``[redacted:openai-key]``. The search runs over bytes: each shape has a literal anchor
 that `bytes.find` looks for at memory speed, and the regular expression is tried only at a hit, so a
-60 kB body without secrets costs some tens of microseconds. The placeholder holds no quote or
+60 kB body without secrets costs about 0.2 ms. The placeholder holds no quote or
 backslash, so a JSON body stays valid.
 
 Limits: shapes only. A password in prose has no shape and stays. A secret that a stream splits over
@@ -23,10 +23,15 @@ class _Shape:
     kind: str
     anchor: bytes
     pattern: re.Pattern[bytes]  # matched at the anchor's position
+    before: re.Pattern[bytes]  # the byte in front of the anchor must match, b"" at the start
 
 
-def _shape(kind: str, anchor: bytes, pattern: bytes) -> _Shape:
-    return _Shape(kind, anchor, re.compile(pattern, re.DOTALL))  # DOTALL: a PEM block has lines
+_NO_WORD = re.compile(rb"[^A-Za-z0-9]?$")  # the shape is not the tail of a longer word ("task-…")
+_ANY = re.compile(rb"")
+
+
+def _shape(kind: str, anchor: bytes, pattern: bytes, before: re.Pattern[bytes] = _NO_WORD) -> _Shape:
+    return _Shape(kind, anchor, re.compile(pattern, re.DOTALL), before)  # DOTALL: a PEM block has lines
 
 
 _SHAPES = (
@@ -46,29 +51,30 @@ _SHAPES = (
     _shape("slack-token", b"xapp-", rb"xapp-[A-Za-z0-9-]{10,}"),
     _shape("huggingface-token", b"hf_", rb"hf_[A-Za-z0-9]{20,}"),
     _shape("tinker-key", b"tml-", rb"tml-[A-Za-z0-9_-]{16,}"),
-    _shape("stripe-key", b"k_live_", rb"k_live_[A-Za-z0-9]{16,}"),
+    _shape("stripe-key", b"k_live_", rb"k_live_[A-Za-z0-9]{16,}", _ANY),
     _shape("npm-token", b"npm_", rb"npm_[A-Za-z0-9]{30,}"),
     _shape("pypi-token", b"pypi-AgE", rb"pypi-AgE[A-Za-z0-9_-]{20,}"),
-    _shape("telegram-token", b":AA", rb":AA[A-Za-z0-9_-]{33}\b"),
+    _shape("telegram-token", b":AA", rb":AA[A-Za-z0-9_-]{33}\b", re.compile(rb"[0-9]$")),
     _shape("jwt", b"eyJ", rb"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
     _shape(
         "private-key",
         b"-----BEGIN ",
         rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|$)",
     ),
-    _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}"),
+    _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}", re.compile(rb"[Bb]$")),
 )
-_WORD = re.compile(rb"[A-Za-z0-9]")
 
 
 def redact(data: bytes) -> tuple[bytes, int]:
     """`data` with each secret replaced, and how many there were. Returns the same object if there was none."""
     hits: list[tuple[int, int, str]] = []
     for shape in _SHAPES:
+        if data.rfind(shape.anchor) < 0:  # CPython's rfind is about three times as fast as find for what isn't there
+            continue
         at = data.find(shape.anchor)
         while at >= 0:
             match = shape.pattern.match(data, at)
-            if match and (shape.kind in ("telegram-token", "bearer", "stripe-key") or not _WORD.match(data[at - 1 : at])):
+            if match and shape.before.match(data[max(0, at - 1) : at]):
                 hits.append((at, match.end(), shape.kind))
                 at = data.find(shape.anchor, match.end())
             else:

@@ -12,16 +12,19 @@ The environment name of a key is its path in capitals joined with ``_``: ``skill
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from metaclaw_core.errors import ConfigError
 
 _ENV = os.environ  # noqa: TID251 - the one place
+ENVIRONMENT = "the environment"
 _NOT_SETTINGS = ("HOME", "SHARED", "TEST_", "NO_", "SKIP_", "BENCH_")
 
 
@@ -36,6 +39,21 @@ class LLM(_Section):
     model_id: str = ""
     api_base: str = ""
     api_key: str = ""
+    use_caller_credentials: bool = True  # nothing configured: skills are written with the caller's own model and key
+    daily_token_budget: int | None = Field(2_000_000, ge=0)  # tokens a UTC day of all our own calls; None: no limit
+    timeout_seconds: float = Field(120, gt=0, le=3600)  # for one whole answer
+    concurrency: int = Field(8, ge=1, le=256)  # requests at a time
+
+
+class Judge(_Section):
+    """The judge uses rl.prm_* where set, else llm.*; with neither, nothing is scored."""
+
+    votes: int = Field(3, ge=1, le=15)
+    models: tuple[str, ...] = ()  # that vote in turn at the judge's endpoint; (): its one model
+    patience: float = Field(1800, ge=0)  # seconds to wait for what the human or the tools say to a reply
+    temperature: float = Field(0.6, ge=0, le=2)
+    max_tokens: int = Field(1024, ge=16, le=32_768)  # of one vote
+    timeout_seconds: float = Field(60, gt=0, le=3600)
 
 
 class Proxy(_Section):
@@ -56,6 +74,9 @@ class Skills(_Section):
     max_injected_tokens: int = Field(2000, ge=100, le=50_000)
     idle_minutes: int = Field(60, ge=1)  # a longer pause starts a new epoch: the provider's cache is gone anyway
     auto_evolve: bool = True
+    session_idle_minutes: int = Field(30, ge=1)  # a longer pause ends what skills are written from
+    admission: Literal["immediate", "review"] = "immediate"  # of what a human said himself; the rest always waits for review
+    stale_days: int = Field(30, ge=1)  # a learned skill that was not injected for so long is marked stale
     embedding_url: str = ""  # OpenAI-compatible /v1 base for retrieval_mode: embedding
     embedding_model: str = ""
     embedding_api_key: str = ""
@@ -65,15 +86,18 @@ class RL(_Section):
     enabled: bool = False
     model: str = ""
     tinker_api_key: str = ""
+    tinker_base_url: str = ""  # "": Tinker's cloud, or what TINKER_BASE_URL says; a local engine: http://127.0.0.1:PORT
     prm_url: str = ""
     prm_model: str = ""
     prm_api_key: str = ""
     lora_rank: int = Field(32, ge=1)
     batch_size: int = Field(4, ge=1)
+    min_sessions: int = Field(1, ge=1)  # a batch holds turns of at least this many sessions
     resume_from_ckpt: str = ""
     evolver_api_base: str = ""
     evolver_api_key: str = ""
     evolver_model: str = ""
+    support_share: float = Field(0.25, ge=0, le=1)  # of the sessions, in rl mode: they write skills and train nothing
 
 
 class OPD(_Section):
@@ -91,6 +115,7 @@ class Store(_Section):
 class Settings(_Section):
     mode: Literal["skills_only", "rl"] = "skills_only"
     llm: LLM = LLM()
+    judge: Judge = Judge()
     proxy: Proxy = Proxy()
     skills: Skills = Skills()
     rl: RL = RL()
@@ -133,14 +158,32 @@ def load_settings(*overrides: Mapping[str, Any]) -> Settings:
 
     Raises ConfigError.
     """
-    layers: list[tuple[str, Mapping[str, Any]]] = [(str(config_file()), _file_layer()), ("the environment", _env_layer())]
+    return settings_and_sources(*overrides)[0]
+
+
+def settings_and_sources(*overrides: Mapping[str, Any]) -> tuple[Settings, dict[tuple[str, ...], str]]:
+    """The same, and for each key that is set where its value comes from: the path of the file, ``the environment`` or
+    ``--set or a flag``. A key that is not in it has its default.
+
+    Raises ConfigError.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = [(str(config_file()), _file_layer()), (ENVIRONMENT, _env_layer())]
     layers += [("--set or a flag", layer) for layer in overrides]
+    return _validated(layers)
+
+
+def check_values(values: Mapping[str, Any], source: str) -> Settings:
+    """The settings that `values` alone make, named `source` in what is wrong with them. Raises ConfigError."""
+    return _validated([(source, values)])[0]
+
+
+def _validated(layers: list[tuple[str, Mapping[str, Any]]]) -> tuple[Settings, dict[tuple[str, ...], str]]:
     merged: dict[str, Any] = {}
     source: dict[tuple[str, ...], str] = {}
     for name, layer in layers:
         _merge(merged, layer, source, name, ())
     try:
-        return Settings.model_validate(merged)
+        return Settings.model_validate(merged), source
     except ValidationError as e:
         raise ConfigError("\n".join(_explain(err, source) for err in e.errors())) from e
 
@@ -179,8 +222,45 @@ def _env_layer() -> dict[str, Any]:
         path = known.get(name)
         if path is None:
             raise ConfigError(f"{name} in the environment is not a known setting.{_nearest(name, known)}")
-        _merge(layer, nest(path, yaml.safe_load(value) if value else ""), {}, "", ())
+        _merge(layer, nest(path, typed(path, value)), {}, "", ())
     return layer
+
+
+def field_of(path: tuple[str, ...]) -> FieldInfo:
+    """The field of the model behind a key. Raises ConfigError where there is none."""
+    model: Any = Settings
+    info: FieldInfo | None = None
+    for name in path:
+        info = model.model_fields.get(name) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if info is None:
+            break
+        model = info.annotation
+    if info is None or path not in leaves():
+        known = {".".join(p): p for p in leaves()}
+        raise ConfigError(f"{'.'.join(path)} is not a known setting.{_nearest('.'.join(path), known)}")
+    return info
+
+
+def typed(path: tuple[str, ...], text: str) -> Any:
+    """What somebody wrote for a key, as YAML; a key that holds text takes it as it is, so that ``123`` stays text.
+
+    A list may be written without brackets: ``a, b``.
+    """
+    annotation = field_of(path).annotation
+    if annotation is str or not text:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the model says what is wrong with it
+    if typing.get_origin(annotation) is tuple and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def is_secret(path: tuple[str, ...]) -> bool:
+    """Whether the value of a key must not be shown."""
+    return path[-1].endswith(("_key", "_token", "_secret", "password"))
 
 
 def _merge(
@@ -203,8 +283,7 @@ def _explain(err: Any, source: Mapping[tuple[str, ...], str]) -> str:
     where = next((source[path[:n]] for n in range(len(path), 0, -1) if path[:n] in source), "the settings")
     if err["type"] == "extra_forbidden":
         return f"{key} is not a known setting (from {where}).{_nearest(key, {'.'.join(p): p for p in leaves()})}"
-    secret = any(word in path[-1] for word in ("key", "token", "secret", "password"))
-    value = "***" if secret else repr(err["input"])
+    value = "***" if is_secret(path) else repr(err["input"])
     return f"{key} = {value} is not allowed (from {where}): {err['msg']}."
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -47,12 +49,19 @@ async def serve(*, follow_stdin: bool) -> None:
 
     def every(seconds: float, name: str, job: Callable[[], Awaitable[Any]]) -> None:
         scheduler.add_job(
-            _logged, "interval", (name, job), seconds=seconds, id=name, coalesce=True, max_instances=1, misfire_grace_time=60
+            _logged,
+            "interval",
+            (name, job),
+            seconds=seconds,
+            id=name,
+            coalesce=True,
+            max_instances=1,
+            misfire_grace_time=60,
+            next_run_time=datetime.now(UTC),  # the first time at once: the proxy waits for the index
         )
 
-    every(INGEST_SECONDS, "ingest", lambda: jobs.ingest(store, here))
     every(INDEX_SECONDS, "index", lambda: jobs.refresh_index(settings, here))
-    await _logged("index", lambda: jobs.refresh_index(settings, here))  # at once: the proxy waits for it
+    every(INGEST_SECONDS, "ingest", lambda: jobs.ingest(store, here))
     scheduler.start()
     try:
         await stop.wait()
@@ -70,6 +79,9 @@ async def _logged(name: str, job: Callable[[], Awaitable[Any]]) -> None:
     except MetaClawError as e:
         logger.warning("%s: %s", name, e)
         return
+    except Exception:
+        logger.exception("%s failed; it is tried again", name)  # the boundary of a job
+        return
     for problem in getattr(report, "problems", ()):
         logger.warning("%s: %s", name, problem)
 
@@ -83,6 +95,7 @@ async def _until_stdin_closes(stop: asyncio.Event) -> None:
 
 
 def main() -> None:
+    os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(serve(follow_stdin="--follow-stdin" in sys.argv[1:]))

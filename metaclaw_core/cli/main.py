@@ -16,9 +16,16 @@ from metaclaw_core import __version__
 from metaclaw_core.errors import MetaClawError
 
 _COMMANDS = {
+    "setup": ("setup:command", "Write the configuration, by questions or by flags."),
     "start": ("start:command", "Run the proxy: skills into prompts, exchanges into the store."),
+    "stop": ("stop:stop", "Let open answers end, then end the proxy."),
+    "restart": ("stop:restart", "Stop the proxy and start it again in the background."),
     "status": ("status:status", "What the running proxies do."),
     "bypass": ("status:bypass", "Let requests pass unchanged for a while."),
+    "config": ("config:command", "Show and change settings."),
+    "run": ("run:command", "Run a command with the proxy and its CA in its environment."),
+    "env": ("env:command", "Print that environment for a shell."),
+    "addon-path": ("addon_path:command", "Where the script for `mitmdump -s` is."),
     "skills": ("skills:command", "Look at, search, add, check and take back skills."),
     "turns": ("turns:command", "List recorded exchanges."),
     "sessions": ("sessions:command", "List recorded sessions."),

@@ -7,6 +7,9 @@ thread writes. Headers are never changed, content-length and our own ``x-metacla
 
 A flow read from a capture (`flow.live` False) is recorded and never injected or routed, and reading
 one starts no child process.
+
+A setting that is wrong when mitmproxy starts ends it with one sentence; one that becomes wrong later is
+refused and the last good settings stay in use.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +95,9 @@ class MetaClaw:
         options.register(loader)
 
     def configure(self, updated: set[str]) -> None:
-        if self.settings is None or any(name in options.OPTIONS for name in updated):
+        if self.settings is None:
+            self._first_settings()
+        elif any(name in options.OPTIONS for name in updated):
             self.reload_settings()
         if "stream_large_bodies" in updated and ctx.options.stream_large_bodies:
             logger.warning(
@@ -100,23 +106,46 @@ class MetaClaw:
                 ctx.options.stream_large_bodies,
             )
 
-    def reload_settings(self) -> None:
+    def _first_settings(self) -> None:
+        """An exception would show as a traceback; an error in the log ends mitmproxy's start just as well."""
+        problems = options.unknown(ctx.options)
+        before = runtime.current(self.home)
         try:
             self.settings = load_settings(options.layer(ctx.options))
         except MetaClawError as e:
-            raise exceptions.OptionsError(f"metaclaw: {e}") from e
-        if self._rewriter is not None:
-            self._make_rewriter()
+            self.settings = before.settings if before else None  # the script was reloaded: go on as it was
+            problems.append(str(e))
+        for problem in problems:
+            logger.error("metaclaw: %s", problem)
 
-    def _make_rewriter(self) -> None:
-        assert self.settings is not None  # noqa: S101 - configure came first
-        assert self._runtime is not None  # noqa: S101
+    def reload_settings(self) -> None:
+        """Raises OptionsError, and then the settings are what they were."""
+        try:
+            settings = load_settings(options.layer(ctx.options))
+            if self._runtime is not None and self._rewriter is not None:
+                self._make_rewriter(settings, self._runtime)
+        except MetaClawError as e:
+            raise exceptions.OptionsError(f"metaclaw: {e}") from e
+        changed, self.settings = settings != self.settings, settings
+        if self._runtime is not None:
+            self._runtime.settings = settings
+        if changed and self._service is not None:
+            self._service.renew_children(options.environment(ctx.options))
+
+    def _make_rewriter(self, settings: Settings, current: Runtime) -> None:
         old = self._rewriter
-        self._rewriter = Rewriter(self.settings, self._runtime.sessions, self._runtime.spool)
+        self._rewriter = Rewriter(settings, current.sessions, current.spool)
         if old is not None:
             asyncio_utils.create_task(old.aclose(), name="metaclaw-retriever-close", keep_ref=True)
 
+    @property
+    def retrieval_note(self) -> str | None:
+        """Why the last retrieval was not what was asked for; None: it was."""
+        return self._rewriter.note if self._rewriter else None
+
     def running(self) -> Any:
+        if self.settings is None:
+            return None
         try:
             self._runtime = runtime.acquire(self.home)
         except OSError as e:
@@ -124,20 +153,34 @@ class MetaClaw:
             return None
         dialects()  # loads the plug-ins now, not in the first request
         agents()
+        self._runtime.settings = self.settings
         contentviews.add(self._view)
         if not ctx.options.server:  # reading a capture: no traffic, no child, no socket
             return None
-        self._make_rewriter()
-        self._service = Service(self._runtime, self, worker=self._worker)
+        try:
+            self._make_rewriter(self.settings, self._runtime)
+        except MetaClawError as e:
+            logger.warning("metaclaw: %s Nothing is injected.", e)
+        environment = options.environment(ctx.options)
+        self._service = Service(self._runtime, self, worker=self._worker, environment=environment)
+        try:
+            self._service.prepare()
+        except Exception as e:  # noqa: BLE001 - whatever is wrong with a skill, an error here would end mitmproxy's start
+            logger.warning("metaclaw: %s Traffic goes on without skills until the worker has built an index.", e)
         return asyncio.ensure_future(self._service.start())
 
     def done(self) -> Any:
-        current, self._runtime = self._runtime, None
+        current = self._runtime
         if current is None:
             return None
         if self._service is not None:
             self._service.stop()
-        if ctx.master.should_exit.is_set():
+        stopping = ctx.master.should_exit.is_set()
+        if stopping:
+            for flight in list(current.flights.values()):  # mitmproxy calls no hook for what a shutdown cuts off
+                self._cut_off(flight.flow)
+        self._runtime = None
+        if stopping:
             if runtime.release(current):
                 current.close()
             return None
@@ -156,6 +199,7 @@ class MetaClaw:
             return
         dialect, route = found
         self._runtime.flights[flow.id] = Flight(
+            flow=flow,
             dialect=dialect,
             route=route,
             hints=hints_from_headers(flow.request.headers),
@@ -170,11 +214,15 @@ class MetaClaw:
         if flight is None:
             self._websocket(flow)
             return
+        if flow.request.stream:  # stream_large_bodies: the body has gone by
+            del self._runtime.flights[flow.id]
+            self._runtime.counters["passed: the request was streamed, not recorded"] += 1
+            return
         flight.body = flow.request.raw_content or b""
         if not flow.live:
             return
         bypassed = flow.request.headers.pop("x-metaclaw", "").strip().lower() == "off" or self._runtime.bypass
-        if bypassed or flow.response is not None or flow.request.stream or self._rewriter is None:
+        if bypassed or flow.response is not None or self._rewriter is None:
             self._runtime.counters["bypassed"] += bypassed
             return
         outcome = await self._rewritten(flow, flight)
@@ -195,6 +243,10 @@ class MetaClaw:
         if capture.media_type(flow.response) in _STREAM_TYPES or "content-length" not in flow.response.headers:
             flight.tee = Tee(_TEE_LIMIT)
             flow.response.stream = flight.tee
+
+    @_guard
+    def _cut_off(self, flow: http.HTTPFlow) -> None:
+        self._record(flow, "the proxy was stopped")
 
     @_guard
     def response(self, flow: http.HTTPFlow) -> None:
@@ -237,7 +289,8 @@ class MetaClaw:
                 {"content-type": "application/json", "connection": "close"},
             )
 
-    def _record(self, flow: http.HTTPFlow) -> None:
+    def _record(self, flow: http.HTTPFlow, problem: str | None = None) -> None:
+        """`problem`: why the answer is not whole, where the flow itself doesn't say so."""
         if self._runtime is None:
             return
         flight = self._runtime.flights.pop(flow.id, None)
@@ -246,27 +299,27 @@ class MetaClaw:
         answer: bytes | None = None
         if flight.tee is not None:
             answer = flight.tee.body()
-            if flow.response is not None and flow.response.data.content is None:
-                flow.response.data.content = answer  # so that -w and hardump hold what the client got
             if flight.tee.overflow:
                 self._runtime.counters["answers too large to keep"] += 1
+                problem = f"the answer is larger than {_TEE_LIMIT >> 20} MiB and was not kept"
+            elif flow.response is not None and flow.response.data.content is None:
+                flow.response.data.content = answer  # so that -w and hardump hold what the client got
         if flight.identity is not None and flight.dialect.name == "openai_responses":
             body = answer if answer is not None else (flow.response.raw_content or b"" if flow.response else b"")
             if response_id := capture.response_id(body):
                 self._runtime.sessions.remember_response(flight.principal, response_id, prior_of(flight.identity))
-        self._runtime.spool.put(
-            capture.exchange(
-                flow,
-                flight.route,
-                self._runtime.key,
-                request_body=flight.body,
-                response_body=answer,
-                hints=flight.hints,
-                principal_id=flight.principal,
-                injection=flight.injection,
-                live=flow.live,
-            )
+        exchange = capture.exchange(
+            flow,
+            flight.route,
+            self._runtime.key,
+            request_body=flight.body,
+            response_body=answer,
+            hints=flight.hints,
+            principal_id=flight.principal,
+            injection=flight.injection,
+            live=flow.live,
         )
+        self._runtime.spool.put(exchange if problem is None else replace(exchange, complete=False, error=problem))
         self._runtime.counters["exchanges"] += 1
 
     def failed(self, hook: str) -> None:
@@ -320,15 +373,16 @@ def _assign(request: http.Request, body: bytes) -> None:
 def _annotate(flow: http.HTTPFlow, outcome: Rewritten) -> None:
     """Notes for people who look at the flow; plain values only, or saving the flow fails."""
     identity, injection = outcome.identity, outcome.injection
-    notes: dict[str, Any] = {"passed": outcome.reason or ""}
+    notes: dict[str, Any] = {"passed": ": ".join(filter(None, (outcome.reason, outcome.detail)))}
+    session = (identity.session_id or "").encode("utf-8", "replace").decode() if identity else ""
     if identity is not None:
-        notes |= {"agent": identity.agent, "kind": str(identity.kind), "session": identity.session_id or ""}
+        notes |= {"agent": identity.agent, "kind": str(identity.kind), "session": session}
     if injection is not None:
         notes |= {"skills": list(injection.skills), "block": injection.text}
     flow.metadata[META] = notes
     if identity is not None:
         added = f" + {', '.join(injection.skills)}" if injection else ""
-        flow.comment = f"metaclaw: {identity.kind} {(identity.session_id or '')[:8]}{added}"
+        flow.comment = f"metaclaw: {identity.kind} {session[:8]}{added}"
 
 
 def addons_for_script() -> list[Any]:

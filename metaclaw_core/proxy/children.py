@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ SETTLED_SECONDS = 60.0
 class Child:
     """`run` keeps one process alive until `stop`."""
 
-    def __init__(self, module: str, home: Path, *arguments: str) -> None:
+    def __init__(self, module: str, home: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: variables on top of the proxy's own."""
         self.name = module.rpartition(".")[2]
         self.restarts = 0
         self.last_exit: int | None = None
-        self._command = [sys.executable, "-m", module, *arguments]
+        # -P: the folder the proxy was started in, perhaps an agent's workspace, must not be imported from.
+        self._command = [sys.executable, "-P", "-m", module, *arguments]
         self._home = home
+        self._environment = dict(environment or {})
+        self._renewing = False
         self._process: Process | None = None
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
@@ -62,6 +67,13 @@ class Child:
         if self._task is not None and self._process is None:
             self._task.cancel()
 
+    def renew(self, environment: Mapping[str, str]) -> None:
+        """Let the child end and start again at once, with these variables."""
+        self._environment = dict(environment)
+        if self.pid is not None and self._process is not None and self._process.stdin is not None:
+            self._renewing = True
+            self._process.stdin.close()
+
     async def _run(self) -> None:
         pause = FIRST_PAUSE
         while not self._stopping:
@@ -72,6 +84,9 @@ class Child:
                 logger.warning("metaclaw: the %s can't be started: %s. Traffic goes on.", self.name, e)
             if self._stopping:
                 return
+            if self._renewing:
+                self._renewing = False
+                continue
             if time.monotonic() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE
             if self.restarts == 0:
@@ -94,11 +109,13 @@ class Child:
                 stdin=PIPE,
                 stdout=DEVNULL,
                 stderr=descriptor,
-                env=child_environment(self._home),
+                env=child_environment(self._home) | self._environment,
                 start_new_session=True,  # Ctrl-C in the terminal is the proxy's; the child ends by its stdin
             )
         finally:
             os.close(descriptor)
+        if self._stopping and self._process.stdin is not None:  # stopped while it was being started
+            self._process.stdin.close()
         return await self._process.wait()
 
     @property

@@ -44,7 +44,7 @@ class LLMView(contentviews.Contentview):
         lines += ["", f"tools: {', '.join(tool.name for tool in request.tools) or 'none'}"]
         for item in request.messages:
             lines += ["", f"[{item.role}]", *_parts(item)]
-        return "\n".join(lines)
+        return "\n".join(lines).encode("utf-8", "replace").decode()  # a lone surrogate can't be printed
 
     def render_priority(self, data: bytes, metadata: contentviews.Metadata) -> float:
         flow, message = metadata.flow, metadata.http_message
@@ -71,5 +71,4 @@ def _parts(message: Message) -> list[str]:
 
 
 def _short(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= _SHORTEN else f"{text[: _SHORTEN // 2]} … {len(text) - _SHORTEN} characters … {text[-_SHORTEN // 2 :]}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from metaclaw_core.settings import private_dir
+
+logger = logging.getLogger(__name__)
 
 type Handler = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 COMMANDS = ("status", "bypass", "flush", "drain", "reload")
@@ -49,18 +52,22 @@ class ControlServer:
         if len(str(self.path)) > _MAX_PATH:
             name = f"metaclaw-{os.getuid()}-{sha256(str(home).encode()).hexdigest()[:12]}"
             folder = private_dir(Path(tempfile.gettempdir()) / name)
-            if folder.stat().st_uid != os.getuid():
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 raise OSError(f"{folder} belongs to another user")
             self.path = folder / f"{os.getpid()}.sock"
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         self.path.unlink(missing_ok=True)
-        old = os.umask(0o177)
+        # Bound by hand, since asyncio yields while it binds and the umask belongs to the whole process.
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._server = await asyncio.start_unix_server(self._client, str(self.path), limit=_MAX_LINE)
-        finally:
-            os.umask(old)
+            listener.bind(str(self.path))
+            self.path.chmod(0o600)
+            self._server = await asyncio.start_unix_server(self._client, sock=listener, limit=_MAX_LINE)
+        except BaseException:
+            listener.close()
+            raise
         descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump({"pid": os.getpid(), "socket": str(self.path)}, file)
@@ -73,11 +80,13 @@ class ControlServer:
             self._file.unlink(missing_ok=True)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, ValueError):  # ValueError: a line over the limit
-            while line := await reader.readline():
-                writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
-                await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, ValueError):  # ValueError: a line over the limit
+                while line := await reader.readline():
+                    writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
+                    await writer.drain()
+        finally:
+            writer.close()
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
@@ -87,8 +96,11 @@ class ControlServer:
             return {"error": f"send one JSON object a line with a command: {', '.join(COMMANDS)}"}
         try:
             return await handler(message)
-        except (ValueError, OSError) as e:
+        except (ValueError, TypeError, OSError) as e:
             return {"error": str(e)}
+        except Exception as e:  # the boundary: who asks must get an answer
+            logger.warning("metaclaw: the control command %s failed.", message["command"], exc_info=True)
+            return {"error": f"{message['command']} failed: {e!r}"}
 
 
 def running_proxies(home: Path) -> Iterator[RunningProxy]:

@@ -12,45 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from metaclaw_core.providers import PROVIDERS, host_of
 from metaclaw_core.settings import Settings
 
-PROVIDERS = (
-    "api.openai.com",
-    "api.anthropic.com",
-    "generativelanguage.googleapis.com",
-    "aiplatform.googleapis.com",
-    "openrouter.ai",
-    "ollama.com",
-    "api.moonshot.ai",
-    "api.moonshot.cn",
-    "dashscope.aliyuncs.com",
-    "dashscope-intl.aliyuncs.com",
-    "api.deepseek.com",
-    "api.mistral.ai",
-    "api.groq.com",
-    "api.together.xyz",
-    "api.x.ai",
-    "api.z.ai",
-    "open.bigmodel.cn",
-    "api.minimax.io",
-    "api.minimaxi.com",
-    "api.fireworks.ai",
-    "api.cerebras.ai",
-    "integrate.api.nvidia.com",
-    "chatgpt.com",
-)
+__all__ = ["PROVIDERS", "agent_config_files", "allow_hosts", "configured_hosts", "host_of"]
+
 _BASE_URL = re.compile(r"""["']?base_?url["']?\s*[:=]\s*["'](https?://[^"'\s]+)["']""", re.IGNORECASE)
-
-
-def host_of(url_or_host: str) -> str | None:
-    """The host name of a URL or of ``host[:port]``, lower case; None if there is none."""
-    text = url_or_host if "//" in url_or_host else f"//{url_or_host}"
-    try:
-        return urlsplit(text).hostname
-    except ValueError:
-        return None
 
 
 def configured_hosts(settings: Settings, agent_configs: Iterable[Path]) -> set[str]:

@@ -1,77 +1,184 @@
 """``metaclaw start``: mitmproxy with our addon, in this process.
 
-Design: mitmdump's master with options set for one purpose: it listens on loopback only, decrypts LLM
-hosts only (``proxy.intercept``), keeps its CA in our own 0700 folder, and stores no flows. Everything
-else is mitmproxy.
+Design: mitmproxy's own master with options set for one purpose: it listens on loopback only, decrypts LLM hosts only
+(``proxy.intercept``), keeps its CA in our own 0700 folder, and stores no flows. *Lean*, the default, loads those of
+mitmproxy's addons that have something to do here and leaves the others out, since each of them is asked about every
+event of every flow. Everything else is mitmproxy.
+
+Limits: an option of an addon that is left out is refused by name; ``--no-lean`` loads them all. Reading captures
+(``-nr``) is mitmdump's business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
+import ipaddress
 import logging
+import os
 import signal
 import socket
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import click
 from mitmproxy import exceptions, options
+from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, script, tlsconfig
+from mitmproxy.master import Master
+from mitmproxy.proxy import mode_specs
 from mitmproxy.tools.dump import DumpMaster
 
 from metaclaw_core.errors import ConfigError, MetaClawError
 from metaclaw_core.proxy import hosts
 from metaclaw_core.proxy.addon import addons_for_script
-from metaclaw_core.settings import Settings, home, private_dir
+from metaclaw_core.proxy.ca import confdir, ensure_ca
+from metaclaw_core.proxy.options import PREFIX, layer
+from metaclaw_core.proxy.startoptions import StartOptions, check_sets, written_down
+from metaclaw_core.settings import Settings, home, load_settings, private_dir, skills_settings
 
 
-def run(settings: Settings, mitm_options: dict[str, Any]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError where the port is taken or an option is refused."""
-    asyncio.run(_serve(settings, mitm_options))
+def run(chosen: StartOptions) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP. Raises MetaClawError with a sentence for what is in the way."""
+    os.umask(0o077)  # this process is ours alone: captures (-w) and the CA are nobody else's business
+    check_sets(chosen.sets)
+    try:
+        private_dir(home())
+    except OSError as e:
+        raise ConfigError(f"{home()} can't be used ({e.strerror}): make it yours, or name another folder with METACLAW_HOME.") from e
+    asyncio.run(_serve(chosen))
 
 
-async def _serve(settings: Settings, mitm_options: dict[str, Any]) -> None:
-    port = settings.proxy.port
-    _check_free(port)
-    names = {*hosts.PROVIDERS, *hosts.configured_hosts(settings, hosts.agent_config_files(Path.home()))}
-    ours: dict[str, Any] = {
-        "listen_host": "127.0.0.1",
-        "listen_port": port,
-        "confdir": str(private_dir(home() / "mitmproxy")),
-        "connection_strategy": "lazy",
-        "allow_hosts": hosts.allow_hosts(names) if settings.proxy.intercept == "llm" else [],
-    }
-    master = DumpMaster(options.Options(), with_termlog=True, with_dumper=False)
+async def _serve(chosen: StartOptions) -> None:
+    master = Lean(options.Options()) if chosen.lean else DumpMaster(options.Options(), with_dumper=False)
     try:
         master.addons.add(*addons_for_script())
-        master.options.update(**ours)
-        for name, value in mitm_options.items():
-            try:
-                master.options.set(f"{name}={value}")
-            except exceptions.OptionsError as e:
-                raise ConfigError(f"--set {name}={value}: {e}") from e
+        settings = _configure(master, chosen)
     except exceptions.OptionsError as e:
         raise MetaClawError(str(e).removeprefix("metaclaw: ")) from e
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(number, master.shutdown)
     logging.getLogger("mitmproxy.proxy.server").setLevel(logging.WARNING)
-    ca = home() / "mitmproxy" / "mitmproxy-ca-cert.pem"
-    click.echo(
-        f"metaclaw listens on 127.0.0.1:{port} (mode {settings.mode}). Point your agent at it:\n"
-        f"  export HTTPS_PROXY=http://127.0.0.1:{port} HTTP_PROXY=http://127.0.0.1:{port} NODE_EXTRA_CA_CERTS={ca}"
+    port = settings.proxy.port
+    click.echo(f"metaclaw listens on 127.0.0.1:{port} (mode {settings.mode}). Let your agent use it:\n  metaclaw run -- COMMAND\n"
+               f"or, in its shell or service, the lines of `metaclaw env`, that is at least\n"
+               f"  export HTTPS_PROXY=http://127.0.0.1:{port} HTTP_PROXY=http://127.0.0.1:{port} "
+               f"NODE_EXTRA_CA_CERTS={Path(master.options.confdir) / 'mitmproxy-ca-cert.pem'}")
+    with written_down(home(), chosen):
+        await master.run()
+
+
+class Lean(Master):
+    """mitmproxy's master with the addons that a forward proxy for LLM traffic needs."""
+
+    def __init__(self, opts: options.Options) -> None:
+        super().__init__(opts, with_termlog=True)
+        self.addons.add(
+            core.Core(),
+            disable_h2c.DisableH2C(),
+            proxyserver.Proxyserver(),
+            script.ScriptLoader(),
+            next_layer.NextLayer(),
+            tlsconfig.TlsConfig(),
+            errorcheck.ErrorCheck(),
+        )
+
+
+def _configure(master: Master, chosen: StartOptions) -> Settings:
+    """Flags and sets onto the master's options; the settings they make. The caller's sets win over what we set."""
+    ours = [item for item in chosen.sets if item.startswith(PREFIX)]
+    if chosen.mode is not None:
+        ours.append(f"{PREFIX}mode={chosen.mode}")
+    if chosen.port is not None:
+        ours.append(f"{PREFIX}proxy_port={chosen.port}")
+    _set(master, ours)
+    settings = load_settings(layer(master.options))
+    _check_skills(settings)
+    mitm = [item for item in chosen.sets if not item.startswith(PREFIX)]
+    folder = next((Path(item.partition("=")[2]).expanduser() for item in mitm if item.startswith("confdir=")), confdir())
+    ensure_ca(folder)
+    master.options.update(
+        listen_host="127.0.0.1",
+        listen_port=settings.proxy.port,
+        confdir=str(folder),
+        connection_strategy="lazy",
+        allow_hosts=hosts.allow_hosts(decrypted_hosts(settings)) if settings.proxy.intercept == "llm" else [],
     )
-    await master.run()
+    _set(master, mitm)
+    for host, port in _addresses(master.options):
+        _check_loopback(host)
+        _check_free(host, port)
+    return settings
 
 
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
+def decrypted_hosts(settings: Settings) -> set[str]:
+    """The hosts whose TLS `metaclaw start` opens where ``proxy.intercept`` is ``llm``."""
+    return {*hosts.PROVIDERS, *hosts.configured_hosts(settings, hosts.agent_config_files(Path.home()))}
+
+
+def _set(master: Master, items: Iterable[str]) -> None:
+    items = list(items)
+    for name in dict.fromkeys(item.partition("=")[0] for item in items):
+        if name not in master.options:
+            raise ConfigError(_unknown(name, list(master.options.keys())))
+        try:
+            # All values of a name at once: an option that is a list takes them together.
+            master.options.set(*(item for item in items if item.partition("=")[0] == name))
+        except exceptions.OptionsError as e:
+            raise ConfigError(f"--set {name}: {str(e).removeprefix('metaclaw: ')}") from e
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    full = options.Options()
+    DumpMaster(full, with_termlog=False)
+    if name in full:
+        return f"--set {name} needs a part of mitmproxy that the lean proxy leaves out: add --no-lean."
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else " `mitmdump --options` lists mitmproxy's."
+    return f"--set {name}: there is no such option.{hint}"
+
+
+def _check_skills(settings: Settings) -> None:
+    skills = skills_settings(settings)
+    for key, name in [("skills.dir", skills.dir), *(("skills.extra_dirs", extra) for extra in skills.extra_dirs)]:
+        folder = Path(name).expanduser()
+        if not folder.exists():
+            continue  # it is made with its first skill
+        try:
+            next(folder.iterdir(), None)
+        except OSError as e:
+            raise ConfigError(f"{key} = {name} can't be read ({e.strerror}): make it a readable folder or name another.") from e
+
+
+def _addresses(opts: options.Options) -> list[tuple[str, int]]:
+    found = []
+    for text in opts.mode:
+        mode = mode_specs.ProxyMode.parse(text)
+        port = mode.listen_port(opts.listen_port)
+        if port is not None:
+            found.append((mode.listen_host(opts.listen_host), port))
+    return found
+
+
+def _check_loopback(host: str) -> None:
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return
+    raise ConfigError(
+        f"metaclaw listens on 127.0.0.1 only, not on {host or 'all addresses'}: whoever reaches the proxy could use it. "
+        "For other machines run mitmdump with the addon (`metaclaw addon-path`) and its proxyauth."
+    )
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as e:
             raise ConfigError(
-                f"127.0.0.1:{port} can't be listened on ({e.strerror}): is metaclaw running already? "
-                "Another port: metaclaw start --port N, or proxy.port in the configuration."
+                f"{host}:{port} can't be listened on ({e.strerror}): another program has it. "
+                "Another port: metaclaw start --port N, or `metaclaw config proxy.port N`."
             ) from e

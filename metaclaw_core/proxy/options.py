@@ -8,14 +8,14 @@ configuration file alone; the settings model does the typing. mitmproxy has no f
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from mitmproxy.addonmanager import Loader
 from mitmproxy.options import Options
 
-from metaclaw_core.settings import leaves
+from metaclaw_core.settings import leaves, typed
 
 PREFIX = "metaclaw_"
 _SHORT = {
@@ -47,10 +47,25 @@ def layer(options: Options) -> dict[str, Any]:
         node = values
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        try:
-            node[path[-1]] = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            node[path[-1]] = raw
+        node[path[-1]] = typed(path, raw)
     return values
 
 
+
+
+def environment(options: Options) -> dict[str, str]:
+    """The same as variables for a child process, which reads them where it reads the user's."""
+    given = {path: raw for name, path in OPTIONS.items() if (raw := getattr(options, name, None)) is not None}
+    return {f"METACLAW_{'_'.join(path).upper()}": raw for path, raw in given.items()}
+
+
+def unknown(options: Options) -> list[str]:
+    """A sentence for each option that was given with our prefix and is none of ours."""
+    sentences = []
+    for name, value in options.deferred.items():
+        if name.startswith(PREFIX):
+            close = difflib.get_close_matches(name, OPTIONS, n=1)
+            given = " ".join(getattr(value, "val", [value]))
+            hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(sorted(OPTIONS))}."
+            sentences.append(f"{name}={given} is not a known option. {hint}")
+    return sentences

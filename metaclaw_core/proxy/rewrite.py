@@ -12,10 +12,13 @@ the library.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from weakref import WeakValueDictionary
 
 from metaclaw_core.agents import identify
 from metaclaw_core.agents.base import Identity, Prior
@@ -24,13 +27,14 @@ from metaclaw_core.model import Hints, Injection, Kind, Request, Role
 from metaclaw_core.proxy.sessions import MAX_TEXTS, Sessions, SessionSink, SessionState, session_key
 from metaclaw_core.redact import redact_text
 from metaclaw_core.settings import Settings
-from metaclaw_core.skills.index import Index
+from metaclaw_core.skills.index import Hit, Index
 from metaclaw_core.skills.inject import Block, SkillText, plan
 from metaclaw_core.skills.retrieve import Options, create_retriever
 from metaclaw_core.wire import splice
 from metaclaw_core.wire.base import Dialect
 
 _SERVED = (Kind.MAIN, Kind.TOOL, Kind.SUBAGENT)
+RETRIEVAL_SECONDS = 2.0  # a client waits no longer for its skills, whatever the retriever
 _LISTED = re.compile(r"<name>([^<\n]{1,64})</name>")
 
 
@@ -39,10 +43,11 @@ class Rewritten:
     """`body` None: send the client's own bytes. `reason` says why, for the counters; None where a block went in."""
 
     body: bytes | None
-    reason: str | None
+    reason: str | None  # one of few, whatever the client sends
     identity: Identity | None = None
     session: str | None = None
     injection: Injection | None = None
+    detail: str | None = None  # more about the reason
 
 
 def prior_of(identity: Identity) -> Prior:
@@ -66,7 +71,8 @@ class Rewriter:
                 embedding_api_key=self._skills.embedding_api_key,
             ),
         )
-        self.note: str | None = None  # why the last retrieval fell back to TF-IDF
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.note: str | None = None  # why the last retrieval fell back to TF-IDF, or failed
 
     async def aclose(self) -> None:
         await self._retriever.aclose()
@@ -83,7 +89,9 @@ class Rewriter:
         if identity.kind not in _SERVED:
             return Rewritten(None, f"side turn: {identity.kind}", identity)
         key = session_key(principal, identity.session_id or _generic_session(request))
-        state = await self._plan(key, request, identity, index)
+        # One at a time for each session: two first requests side by side must not choose two blocks.
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            state = await self._plan(key, request, identity, index)
         if not state.block or not self._skills.enabled:
             return Rewritten(None, "nothing to add", identity, key)
         try:
@@ -93,7 +101,7 @@ class Rewriter:
             text = splice.render_block(state.block)
             new = splice.insert(body, slot, text)
         except SpliceError as e:
-            return Rewritten(None, f"passed: {e}", identity, key)
+            return Rewritten(None, "passed: no proven place for a block", identity, key, detail=str(e))
         injection = Injection(text=state.block, skills=tuple(state.skills), index_generation=state.generation)
         return Rewritten(new, None, identity, key, injection)
 
@@ -106,13 +114,14 @@ class Rewriter:
         turn = _digest(f"{identity.trace or len(identity.human_texts)}\n{identity.user_text}")
         fresh = identity.kind is not Kind.TOOL and turn != state.turn and not (identity.retry and state.turn)
         if fresh and identity.user_text and index is not None:
-            if self._epoch_ended(state, request, identity, index, now):
-                state.epoch, state.block, state.skills, state.appends = state.epoch + 1, "", [], 0
             if request.previous_response_id:
                 texts = [*state.texts, identity.user_text]
             else:
-                texts = list(identity.human_texts)
-            await self._choose(state, request, texts, index)
+                texts = list(identity.human_texts) or [identity.user_text]  # a subagent has a task, and no human
+            hits = await self._found(texts, index)
+            if self._epoch_ended(state, request, identity, index, now):
+                state.epoch, state.block, state.skills, state.appends = state.epoch + 1, "", [], 0
+            self._choose(state, request, hits, index)
             state.turn = turn
             if not request.previous_response_id:
                 state.mark = identity.history_mark
@@ -134,16 +143,25 @@ class Rewriter:
             or any(index.skill(name) is None for name in state.skills)
         )
 
-    async def _choose(self, state: SessionState, request: Request, texts: list[str], index: Index) -> None:
+    async def _found(self, texts: list[str], index: Index) -> Sequence[Hit]:
+        """The skills for these turns; none where the retriever fails, and the session keeps the block it has."""
+        try:
+            async with asyncio.timeout(RETRIEVAL_SECONDS):
+                found = await self._retriever.retrieve(texts, index, self._skills.top_k)
+        except Exception as e:  # noqa: BLE001 - the boundary to retrievers, which needn't be ours
+            self.note = f"retrieval failed: {e!r}"
+            return ()
+        self.note = found.note
+        return found.hits
+
+    def _choose(self, state: SessionState, request: Request, hits: Sequence[Hit], index: Index) -> None:
         def lookup(name: str) -> SkillText | None:
             skill = index.skill(name)
             return SkillText(skill.name, skill.description, skill.body) if skill else None
 
-        found = await self._retriever.retrieve(texts, index, self._skills.top_k)
-        self.note = found.note
         block = plan(
             Block(state.block, tuple(state.skills), state.appends),
-            found.hits,
+            hits,
             lookup,
             top_k=self._skills.top_k,
             max_tokens=self._skills.max_injected_tokens,

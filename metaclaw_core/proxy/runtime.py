@@ -2,8 +2,9 @@
 
 Design: mitmproxy makes a new addon object each time the script is saved, but the package is not
 imported again. So the state is kept here, in a table of this module, and handed from the old addon
-to the new one: flows in the middle of an answer lose nothing. The last user closes it, after a short
-grace on a reload and at once on shutdown.
+to the new one: flows in the middle of an answer lose nothing, the skill index stays loaded, and a
+configuration that is broken at that moment leaves the last good one in use. The last user closes it,
+after a short grace on a reload and at once on shutdown.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mitmproxy import http
+
 from metaclaw_core.agents.base import Identity
 from metaclaw_core.model import Hints, Injection
 from metaclaw_core.proxy.capture import principal_key
 from metaclaw_core.proxy.sessions import Sessions
 from metaclaw_core.proxy.spool import Spool
 from metaclaw_core.proxy.tee import Tee
-from metaclaw_core.settings import private_dir
+from metaclaw_core.settings import Settings, private_dir
+from metaclaw_core.skills.watch import IndexWatcher
 from metaclaw_core.wire.base import Dialect, Route
 
 
@@ -29,6 +33,7 @@ from metaclaw_core.wire.base import Dialect, Route
 class Flight:
     """One LLM request between its first hook and its record."""
 
+    flow: http.HTTPFlow
     dialect: Dialect
     route: Route
     hints: Hints
@@ -46,29 +51,47 @@ class Runtime:
     spool: Spool
     sessions: Sessions
     key: bytes
+    watcher: IndexWatcher
+    settings: Settings | None = None  # the last that were in use
     flights: dict[str, Flight] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     started_at: float = field(default_factory=time.time)
     bypass: bool = False  # every request passes unchanged, still recorded
     users: int = 0
+    leaving: int = 0  # of them, those that are only waiting for a successor
+    closed: bool = False
 
     def close(self) -> None:
-        self.spool.close()
+        self.closed = True
         _RUNTIMES.pop(self.home, None)
+        self.spool.close()
 
 
 _RUNTIMES: dict[Path, Runtime] = {}
 
 
+def current(home: Path) -> Runtime | None:
+    """The runtime of `home` in this process, if there is one."""
+    return _RUNTIMES.get(home)
+
+
 def acquire(home: Path) -> Runtime:
-    """The runtime of `home` in this process, made if there is none. Raises OSError if the folder can't be made."""
+    """The runtime of `home` in this process, made if there is none. Raises OSError if the folder can't be used."""
     runtime = _RUNTIMES.get(home)
     if runtime is None:
         private_dir(home)
         spool_dir = private_dir(home / "spool")
         run_dir = private_dir(home / "run")
-        spool = Spool(spool_dir / f"{os.getpid()}-{time.time_ns() // 1_000_000}.db", run_dir / "sessions.db")
-        runtime = Runtime(home=home, spool=spool, sessions=Sessions.load(run_dir / "sessions.db"), key=principal_key(home))
+        key = principal_key(home)
+        watcher = IndexWatcher(home / "skills.index")
+        watcher.poll()  # some milliseconds, once: the first request must find the skills
+        runtime = Runtime(
+            home=home,
+            spool=Spool(spool_dir / f"{os.getpid()}-{time.time_ns() // 1_000_000}.db", run_dir / "sessions.db"),
+            sessions=Sessions.load(run_dir / "sessions.db"),
+            key=key,
+            watcher=watcher,
+        )
         _RUNTIMES[home] = runtime
     runtime.users += 1
     return runtime
@@ -77,11 +100,13 @@ def acquire(home: Path) -> Runtime:
 def release(runtime: Runtime) -> bool:
     """Give up one use; True if nobody uses it any more and it can be closed."""
     runtime.users -= 1
-    return runtime.users <= 0
+    return runtime.users <= runtime.leaving and not runtime.closed
 
 
 async def release_later(runtime: Runtime, seconds: float = 2.0) -> None:
     """Give up one use once a successor had the time to take over."""
+    runtime.leaving += 1
     await asyncio.sleep(seconds)
+    runtime.leaving -= 1
     if release(runtime):
         runtime.close()

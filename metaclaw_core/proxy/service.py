@@ -1,8 +1,9 @@
 """What runs beside the hooks of a live proxy: skill index watch, worker child, control socket.
 
 Design: started in `running` as a task and stopped synchronously in `done`, so that a reload of the
-script and a shutdown take the same way. Nothing here is needed for traffic to flow: each part that
-fails says so once and is left out.
+script and a shutdown take the same way. It may be stopped before it has quite started, and then starts
+nothing more. Nothing here is needed for traffic to flow: each part that fails says so once and is left
+out.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from metaclaw_core.errors import MetaClawError
 from metaclaw_core.proxy.children import Child
 from metaclaw_core.proxy.control import ControlServer
 from metaclaw_core.proxy.runtime import Runtime
+from metaclaw_core.settings import skills_settings
 from metaclaw_core.skills.index import Index
-from metaclaw_core.skills.watch import IndexWatcher
+from metaclaw_core.skills.library import open_library
 
 if TYPE_CHECKING:
     from metaclaw_core.proxy.addon import MetaClaw
@@ -31,23 +33,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+_FIRST_SKILLS = 500  # more would hold up the start; the worker's index has them all
 
 
 class Service:
-    def __init__(self, runtime: Runtime, addon: MetaClaw, *, worker: bool) -> None:
+    def __init__(self, runtime: Runtime, addon: MetaClaw, *, worker: bool, environment: Mapping[str, str]) -> None:
+        """`environment`: for the children, on top of the proxy's own."""
         self._runtime = runtime
         self._addon = addon
-        self._watcher = IndexWatcher(runtime.home / "skills.index")
-        self._children = [Child("metaclaw_core.worker", runtime.home, "--follow-stdin")] if worker else []
+        self._watcher = runtime.watcher
+        self._children = (
+            [Child("metaclaw_core.worker", runtime.home, "--follow-stdin", environment=environment)] if worker else []
+        )
+        self._stopped = False
+        self._first = Index()
         self._control: ControlServer | None = None
         self._poll: asyncio.Task[None] | None = None
 
     @property
     def index(self) -> Index | None:
-        return self._watcher.current
+        """None as long as there is none: a session then keeps the block it has."""
+        index = self._watcher.current if self._watcher.current.generation else self._first
+        return index if index.generation else None
+
+    def prepare(self) -> None:
+        """Have an index before the first request. Where the worker has not built one yet, it is put together here
+        without scikit-learn: a few tens of milliseconds, once in the life of a home."""
+        self._watcher.poll()
+        if self._watcher.current.generation or self._addon.settings is None:
+            return
+        skills = open_library(skills_settings(self._addon.settings)).skills()
+        for skill in skills[:_FIRST_SKILLS]:
+            self._first.add(skill)
 
     async def start(self) -> None:
-        await asyncio.to_thread(self._watcher.poll)
         self._poll = asyncio.ensure_future(self._watch())
         for child in self._children:
             child.start()
@@ -59,12 +78,21 @@ class Service:
             "reload": self._reload,
         }
         try:
-            self._control = ControlServer(self._runtime.home, handlers)
-            await self._control.start()
+            control = ControlServer(self._runtime.home, handlers)
+            await control.start()
+            self._control = control
+            if self._stopped:
+                control.close()
         except OSError as e:
             logger.warning("metaclaw: no control socket (%s): `metaclaw status` and `bypass` don't reach this proxy.", e)
 
+    def renew_children(self, environment: Mapping[str, str]) -> None:
+        """The settings have changed: the children must read them again."""
+        for child in self._children:
+            child.renew(environment)
+
     def stop(self) -> None:
+        self._stopped = True
         if self._poll is not None:
             self._poll.cancel()
         for child in self._children:
@@ -76,8 +104,11 @@ class Service:
         complained: str | None = None
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            await asyncio.to_thread(self._watcher.poll)
-            problem = self._watcher.problem
+            try:
+                await asyncio.to_thread(self._watcher.poll)
+                problem = self._watcher.problem
+            except Exception as e:  # noqa: BLE001 - the boundary: the next file must still be looked at
+                problem = f"{self._runtime.home / 'skills.index'} could not be taken over ({e!r})"
             if problem and problem != complained:
                 logger.warning("metaclaw: %s. The last good index stays in use.", problem)
             complained = problem
@@ -85,7 +116,7 @@ class Service:
     # --- what can be asked of a running proxy ---------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        runtime, index = self._runtime, self._watcher.current
+        runtime, index = self._runtime, self.index
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -103,6 +134,8 @@ class Service:
                 "last_error": runtime.spool.last_error,
             },
             "skills": {"count": len(index), "generation": index.generation} if index is not None else None,
+            "skills_problem": self._watcher.problem,
+            "retrieval_note": self._addon.retrieval_note,
             "children": [child.status() for child in self._children],
             "counters": dict(sorted(runtime.counters.items())),
         }

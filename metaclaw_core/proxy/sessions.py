@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import time
 from collections import OrderedDict
@@ -110,11 +111,16 @@ class SessionFile:
     """The writer's side of the file; used by the spool's thread."""
 
     def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600)
-        self._db = sqlite3.connect(path, timeout=5, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute("CREATE TABLE IF NOT EXISTS sessions (key TEXT PRIMARY KEY, value BLOB NOT NULL, used_at REAL NOT NULL)")
+        """A damaged file is put aside as ``….damaged``. Raises sqlite3.Error or OSError."""
+        try:
+            self._db = _open(path)
+        except sqlite3.OperationalError:
+            raise  # locked, full, not ours to write: a moment's matter, or the caller's
+        except sqlite3.DatabaseError:
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            path.replace(path.with_name(path.name + ".damaged"))
+            self._db = _open(path)
 
     def write(self, rows: Sequence[SessionRow]) -> None:
         with self._db:
@@ -125,5 +131,19 @@ class SessionFile:
 
     def close(self) -> None:
         self._db.close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    db = sqlite3.connect(path, timeout=5, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("CREATE TABLE IF NOT EXISTS sessions (key TEXT PRIMARY KEY, value BLOB NOT NULL, used_at REAL NOT NULL)")
+        db.execute("SELECT count(value) FROM sessions").fetchone()
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 

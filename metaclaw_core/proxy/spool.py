@@ -5,8 +5,11 @@ every 50 ms or at 64 rows, so an exchange is on disk at most about 50 ms after i
 state goes through the same thread, so it never reads or writes on the loop.
 
 A commit that fails (disk full, file read-only) is tried again with a growing pause while new rows
-queue up in memory, up to a bound in bytes; beyond it the newest are dropped and counted. The agent's
-traffic is never touched by any of this. Bodies are redacted in `SpoolWriter.append`, before a commit.
+queue up in memory, up to a bound in bytes; beyond it the newest are dropped and counted. A spool file
+that was removed is made anew; one that turns out to be damaged is left to the worker's report and the
+next one is begun. A row that can't be written for its own sake is dropped and counted, so that it
+holds up no other. The agent's traffic is never touched by any of this. Bodies are redacted in
+`SpoolWriter.append`, before a commit.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from metaclaw_core.model import Exchange
@@ -29,6 +32,7 @@ GROUP_SECONDS = 0.05
 GROUP_ROWS = 64
 MAX_QUEUED_BYTES = 256 << 20
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+_ROW_BYTES = 2048  # what a queued row holds beside its bodies, roughly
 
 
 class Spool:
@@ -37,23 +41,27 @@ class Spool:
     def __init__(self, path: Path, sessions_path: Path) -> None:
         self.path = path
         self._sessions_path = sessions_path
-        self.dropped = 0  # exchanges lost because the disk refused them for too long
+        self.dropped = 0  # exchanges lost: the disk refused them for too long, or they could not be written at all
         self.written = 0
         self.last_error: str | None = None
         self._rows: deque[Exchange] = deque()
         self._sessions: dict[str, SessionRow] = {}
         self._queued_bytes = 0
         self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._wake = threading.Event()  # there is something to write
+        self._full = threading.Event()  # and enough of it for a group, or somebody waits: don't gather any longer
         self._idle = threading.Condition(self._lock)
         self._busy = False
-        self._closing = False
+        self._closing = threading.Event()
+        self._files = 1
+        self._writer: SpoolWriter | None = None
+        self._session_file: SessionFile | None = None
         self._thread = threading.Thread(target=self._run, name="metaclaw-spool", daemon=True)
         self._thread.start()
 
     def put(self, exchange: Exchange) -> None:
         """Queue one exchange; returns at once."""
-        size = len(exchange.request_body) + len(exchange.response_body)
+        size = _size(exchange)
         with self._lock:
             if self._queued_bytes + size > MAX_QUEUED_BYTES and self._rows:
                 self.dropped += 1
@@ -67,8 +75,9 @@ class Spool:
             self._rows.append(exchange)
             self._queued_bytes += size
             full = len(self._rows) >= GROUP_ROWS
-        if full or not self._wake.is_set():
-            self._wake.set()
+        self._wake.set()
+        if full:
+            self._full.set()
 
     def put_session(self, row: SessionRow) -> None:
         """Queue the state of one session; a later state of the same session replaces it."""
@@ -82,15 +91,20 @@ class Spool:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything that was put is committed; False after `timeout` seconds."""
+        self._full.set()
         self._wake.set()
         with self._idle:
-            return self._idle.wait_for(
-                lambda: (not self._rows and not self._sessions and not self._busy) or not self._thread.is_alive(), timeout
-            )
+            self._idle.wait_for(lambda: self._settled or not self._thread.is_alive(), timeout)
+            return self._settled
+
+    @property
+    def _settled(self) -> bool:
+        return not self._rows and not self._sessions and not self._busy
 
     def close(self, timeout: float = 5.0) -> None:
         """Commit the rest and end the thread."""
-        self._closing = True
+        self._closing.set()
+        self._full.set()
         self._wake.set()
         self._thread.join(timeout)
         if self._rows:
@@ -99,64 +113,105 @@ class Spool:
     # --- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        writer: SpoolWriter | None = None
-        session_file: SessionFile | None = None
         failures = 0
         while True:
             self._wake.wait()
-            if not self._closing and len(self._rows) < GROUP_ROWS:
-                time.sleep(GROUP_SECONDS)  # gather a group
+            self._full.wait(GROUP_SECONDS)  # gather a group
             with self._lock:
                 self._wake.clear()
-                rows = list(self._rows)[: GROUP_ROWS * 4]
+                self._full.clear()
+                rows = list(islice(self._rows, GROUP_ROWS * 4))
                 sessions = list(self._sessions.values())
                 self._busy = bool(rows or sessions)
-            if self._busy:
-                try:
-                    if rows:
-                        writer = writer or SpoolWriter(self.path)
-                        writer.append(rows)
-                    if sessions:
-                        session_file = session_file or SessionFile(self._sessions_path)
-                        session_file.write(sessions)
-                except (SpoolError, OSError, sqlite3.Error) as e:
-                    failures += 1
-                    self._failed(e, failures)
-                    if self._closing and failures > 1:
-                        break
-                    pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS)) - 1]
-                    with self._idle:
-                        self._busy = False
-                        self._idle.notify_all()
-                    time.sleep(0.1 if self._closing else pause)
-                    self._wake.set()
-                    continue
-                failures = 0
-                self.last_error = None
-                self._done(rows, sessions)
+            problem = self._write_rows(rows) or self._write_sessions(sessions)
+            failures = failures + 1 if problem else 0
+            if problem and failures == 1:
+                logger.warning("metaclaw: %s; trying again. Traffic goes on.", problem)
+            self.last_error = problem
             with self._idle:
                 self._busy = False
                 more = bool(self._rows or self._sessions)
                 self._idle.notify_all()
+            if self._closing.is_set() and (not more or failures > 1):
+                break
+            if problem:
+                self._closing.wait(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS)) - 1])
             if more:
                 self._wake.set()
-            elif self._closing:
-                break
-        for file in (writer, session_file):
+        for file in (self._writer, self._session_file):
             if file is not None:
                 file.close()
+        with self._idle:
+            self._idle.notify_all()
 
-    def _done(self, rows: Sequence[Exchange], sessions: Sequence[SessionRow]) -> None:
+    def _write_rows(self, rows: Sequence[Exchange]) -> str | None:
+        """None if they are on disk, or given up for good; else what went wrong, and they stay in the queue."""
+        if not rows:
+            return None
+        try:
+            if self._writer is not None and not self.path.exists():
+                self._writer.close()  # somebody removed the file: what is written to it now would be lost
+                self._writer = None
+            self._writer = self._writer or SpoolWriter(self.path)
+            self._writer.append(rows)
+        except (SpoolError, OSError, sqlite3.Error) as e:
+            cause = e.__cause__ if isinstance(e, SpoolError) and e.__cause__ is not None else e
+            if isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, (*_ROW_AT_FAULT, sqlite3.OperationalError)):
+                self._next_file()
+            if not isinstance(cause, _ROW_AT_FAULT):
+                return str(e)
+            return self._one_by_one(rows, e)
+        except Exception as e:  # noqa: BLE001 - the thread's boundary: without it nothing is ever recorded again
+            return self._one_by_one(rows, e)
+        self._done(rows)
+        return None
+
+    def _one_by_one(self, rows: Sequence[Exchange], error: Exception) -> str | None:
+        if len(rows) > 1:
+            return next((problem for row in rows if (problem := self._write_rows([row]))), None)
+        self.dropped += 1
+        logger.warning("metaclaw: an exchange with %s can't be recorded (%s: %s).", rows[0].host, type(error).__name__, error)
+        self._done(rows)
+        return None
+
+    def _next_file(self) -> None:
+        """Leave a damaged file where it is."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._files += 1
+        self.path = self.path.with_name(f"{self.path.stem.partition('_')[0]}_{self._files}.db")
+
+    def _write_sessions(self, rows: Sequence[SessionRow]) -> str | None:
+        if not rows:
+            return None
+        try:
+            self._session_file = self._session_file or SessionFile(self._sessions_path)
+            self._session_file.write(rows)
+        except sqlite3.OperationalError as e:
+            return f"{self._sessions_path} can't be written: {e}"
+        except (OSError, sqlite3.Error) as e:
+            if self._session_file is not None:
+                self._session_file.close()
+                self._session_file = None  # opened anew: a damaged file is put aside then
+            return f"{self._sessions_path} can't be written: {e}"
+        with self._lock:
+            for row in rows:
+                if self._sessions.get(row[0]) is row:
+                    del self._sessions[row[0]]
+        return None
+
+    def _done(self, rows: Sequence[Exchange]) -> None:
+        """`rows` are the oldest of the queue."""
         with self._lock:
             for row in rows:
                 self._rows.popleft()
-                self._queued_bytes -= len(row.request_body) + len(row.response_body)
-            for session in sessions:
-                if self._sessions.get(session[0]) is session:
-                    del self._sessions[session[0]]
+                self._queued_bytes -= _size(row)
             self.written += len(rows)
 
-    def _failed(self, error: Exception, failures: int) -> None:
-        self.last_error = str(error)
-        if failures == 1:
-            logger.warning("metaclaw: %s; trying again. Traffic goes on.", error)
+
+_ROW_AT_FAULT = (sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)
+
+
+def _size(exchange: Exchange) -> int:
+    return len(exchange.request_body) + len(exchange.response_body) + _ROW_BYTES

@@ -5,6 +5,9 @@ process. The first handshake fails (nothing can mend that); for the next ten min
 gets that host with its original certificate, unrecorded, and one warning names the setting. Only where
 the user left ``allow_hosts`` and ``ignore_hosts`` alone: who set them has decided.
 
+A client that only hangs up during the handshake may mean distrust, or a request that it gave up (OpenClaw does
+that around a compaction); so it counts only where no handshake for that host has succeeded before.
+
 Limits: a client is its address, since nothing else is known before the handshake; so on one machine
 a git without the CA sends an agent with the CA past us too, but only for the same host.
 """
@@ -28,14 +31,24 @@ class TunnelUntrusting:
     def __init__(self) -> None:
         self._until: dict[tuple[str, str], float] = {}
         self._warned: set[str] = set()
+        self._trusting: set[tuple[str, str]] = set()
+
+    def tls_established_client(self, data: tls.TlsData) -> None:
+        if len(self._trusting) >= _MAX:
+            self._trusting.clear()
+        self._trusting.add(_key(data.context))
 
     def tls_failed_client(self, data: tls.TlsData) -> None:
         # mitmproxy's two messages for it both name trust; other failures (a protocol error, an abort) don't.
-        if "trust" not in (data.conn.error or "") or self._user_decides():
+        error = data.conn.error or ""
+        if "trust" not in error or self._user_decides():
             return
         key = _key(data.context)
+        if key in self._trusting and "disconnected" in error:
+            return
         if len(self._until) >= _MAX:
             self._until.clear()
+            self._warned.clear()
         self._until[key] = time.monotonic() + TUNNEL_SECONDS
         if key[1] not in self._warned:
             self._warned.add(key[1])

@@ -19,8 +19,8 @@ def encode(skill: Skill) -> bytes:
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
-def decode(content: bytes) -> Skill:
-    kept = json.loads(content.decode("utf-8", "surrogatepass"))
+def decode(content: bytes | memoryview) -> Skill:
+    kept = json.loads(str(content, "utf-8", "surrogatepass"))
     return Skill(
         name=kept["name"],
         description=kept["description"],

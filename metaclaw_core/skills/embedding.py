@@ -172,7 +172,7 @@ async def embed_index(index: Index, embedder: Embedder, *, known: Index | None =
     `known` is an earlier index: a skill with the same content takes its vector from there. `timeout` is for one call.
     """
     state = index.state
-    have: dict[bytes, NDArray[np.float32]] = {}
+    have: dict[bytes | memoryview, NDArray[np.float32]] = {}
     for source in (known.state if known is not None else None, state):
         if source is not None and source.vectors is not None and source.embedding_model == embedder.model:
             have |= {c: v for c, v in zip(source.contents, source.vectors, strict=True) if v.any()}

@@ -144,7 +144,7 @@ class State:
     generation: int  # grows with every change
     names: tuple[str, ...]
     positions: Mapping[str, int]
-    contents: tuple[bytes, ...]  # see `content`
+    contents: tuple[bytes | memoryview, ...]  # see `content`
     categories: tuple[str | None, ...]  # for the template mode
     head: Field
     body: Field

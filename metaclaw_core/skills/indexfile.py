@@ -38,6 +38,7 @@ VERSION = 1  # also to be raised when terms or weights are made otherwise: old f
 _HEAD = struct.Struct("<II")
 _DIGEST = 32
 _PIECE = 2_048  # terms of a vocabulary decoded in one go
+_PAUSE = 0.0002  # seconds after each piece; 0 is too short for the proxy's loop to wake up
 _ALIGN = 64
 
 
@@ -139,7 +140,7 @@ def _read(header: dict[str, Any], data: memoryview) -> Index:
         names=names,
         positions={name: i for i, name in enumerate(names)},
         categories=tuple(header["categories"]),
-        contents=tuple(bytes(contents[a:b]) for a, b in zip([0, *ends], ends, strict=False)),
+        contents=tuple(contents[a:b] for a, b in zip([0, *ends], ends, strict=False)),
         head=_read_field(header["fields"]["head"], "head", section, len(names)),
         body=_read_field(header["fields"]["body"], "body", section, len(names)),
         vectors=np.frombuffer(section("vectors"), "<f4").reshape(len(names), dimensions) if dimensions else None,
@@ -159,7 +160,7 @@ def _read_field(constants: dict[str, Any], name: str, section: Callable[[str], m
         terms = str(text[at : at + size], "utf-8").split("\n")
         vocabulary.update(zip(terms, range(len(vocabulary), len(vocabulary) + len(terms)), strict=True))
         at += size
-        time.sleep(0)  # lets the proxy's loop have the interpreter
+        time.sleep(_PAUSE)
     starts: NDArray[np.int64] = np.frombuffer(section(f"{name}.starts"), "<i8").astype(np.int64)
     docs: NDArray[np.intp] = np.frombuffer(section(f"{name}.docs"), "<i4").astype(np.intp)
     parts: NDArray[np.float32] = np.frombuffer(section(f"{name}.parts"), "<f4").astype(np.float32)

@@ -22,9 +22,10 @@ generation itself.
 
 Writers exclude each other by a lock on a file; readers need none, because a file or folder appears by a rename.
 
-Limits: history is never pruned; a library of text is small. A SKILL.md that is invalid is reported and skipped,
-its folder is kept in the history like any other. Two folders of one skill are swapped by two renames, so a
-reader may miss the skill for some microseconds; the next look finds it.
+Limits: another program that is pointed at the user's folder must skip hidden folders, as is the custom. History is
+never pruned; a library of text is small. A folder whose SKILL.md is invalid is kept in the history like any other.
+Two versions of a folder are swapped by two renames, so a reader may miss the skill for some microseconds; the next
+look finds it.
 """
 
 from __future__ import annotations

@@ -98,6 +98,11 @@ def _without_cache_control(raw: Json) -> Json:
     return {k: v for k, v in raw.items() if k != "cache_control"} if isinstance(raw, dict) else raw
 
 
+def blob_id(value: Json) -> str:
+    """The id of content that stands outside the chain (tools, extra fields, injected text)."""
+    return sha256(canonical(value).encode()).hexdigest()
+
+
 # --- what is stored ---------------------------------------------------------------------------
 
 

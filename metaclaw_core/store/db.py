@@ -13,8 +13,9 @@ Limits: WAL needs a local disk; on a network file system use PostgreSQL.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from metaclaw_core.errors import StoreError
 from metaclaw_core.store.migrations import migrate
 from metaclaw_core.store.rollouts import Store
+from metaclaw_core.store.spool import create_private
 
 _BUSY_SECONDS = 30
 
@@ -44,9 +46,13 @@ def open_engine(target: str | Path) -> Engine:
             if url.get_backend_name() == "sqlite"
             else create_engine(url, pool_pre_ping=True, hide_parameters=True)
         )
-        with write(engine) as connection:
-            migrate(connection)
-    except (SQLAlchemyError, OSError) as e:
+        try:
+            with write(engine) as connection:
+                migrate(connection)
+        except BaseException:
+            engine.dispose()
+            raise
+    except (SQLAlchemyError, sqlite3.Error, OSError) as e:
         raise StoreError(f"The store {url!r} can't be opened: {_cause(e)}.") from e
     except ImportError as e:
         raise StoreError(f"The driver for {url!r} is missing: pip install 'metaclaw-mitmproxy[postgres]'.") from e
@@ -80,14 +86,14 @@ def _sqlite(url: URL) -> Engine:
     path = Path(url.database or "")
     if not url.database or url.database == ":memory:":
         raise StoreError("The store needs a file: an SQLite database in memory can't be shared by processes.")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    create_private(path)
+    _use_wal(path)
     engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins no transaction of its own
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "journal_size_limit=67108864"):
+        for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "journal_size_limit=67108864"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
@@ -96,6 +102,20 @@ def _sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _use_wal(path: Path) -> None:
+    """Once per file, not per connection: the switch needs the file for itself and doesn't wait for it."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
 
 def _cause(e: Exception) -> str:

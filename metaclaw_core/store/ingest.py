@@ -24,19 +24,18 @@ from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, select
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from metaclaw_core.agents import identify
 from metaclaw_core.agents.base import Identity, Prior
 from metaclaw_core.agents.openclaw import conversation_of
 from metaclaw_core.model import Exchange, Json, Kind, Message, Request, Role
-from metaclaw_core.store.chain import chain_ids, message_id, pack_message
+from metaclaw_core.store.chain import blob_id, chain_ids, message_id, pack_message
 from metaclaw_core.store.queries import add_to_counter, insert_new, insert_one, known_messages, load_chain
 from metaclaw_core.store.reading import Reading
 from metaclaw_core.store.sessions import by_conversation, by_prefix, generated_id, touch
 from metaclaw_core.store.tables import blobs, messages, sessions, turns
 from metaclaw_core.store.types import plain
-from metaclaw_core.wire.jsonio import canonical
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +102,9 @@ class Ingest:
                 seen = self._store(reading)
                 if not seen.new:
                     savepoint.rollback()
-        except (OperationalError, InterfaceError):
-            raise  # the database, not the exchange: the batch comes again
-        except Exception as e:
+        except Exception as e:  # the boundary: what is wrong with one exchange stays with it
+            if _is_the_databases(e):
+                raise  # and the batch comes again
             logger.exception("metaclaw: exchange %s can't be stored as parsed", reading.exchange.flow_id)
             self._known.difference_update(self._fresh)
             return f"internal error: {type(e).__name__}: {getattr(e, 'orig', None) or e}"
@@ -131,11 +130,12 @@ class Ingest:
         self._put_messages(chain)
         session, repeats = self._session(exchange, request, identity, chain, prior)
         row |= {
-            "turn_id": _turn_id(exchange.principal, session, identity, chain, prior),
+            "turn_id": self._turn_id(exchange.principal, session, identity, chain, prior),
             "session": session,
             "agent": identity.agent,
             "kind": identity.kind.value,
             "trace_id": plain(identity.trace),
+            "history_mark": plain(identity.history_mark),
             "model": plain(request.model),
             "stream": request.stream,
             "previous_response_id": plain(request.previous_response_id),
@@ -153,6 +153,24 @@ class Ingest:
         }
         row |= self._response_columns(reading, chain.tip)
         return _Seen(self._insert_turn(row), identity.unknown_preambles)
+
+    def _turn_id(
+        self, principal: str, session: str | None, identity: Identity, chain: _Chain, prior: Row[Any] | None
+    ) -> str:
+        """As `_turn_id` says, but a trace that holds two messages of the human is two turns: what a person adds while the
+        agent works, or says within moments of an answer, travels under the trace of the turn before."""
+        turn_id = _turn_id(principal, session, identity, chain, prior)
+        if identity.trace is None or identity.kind not in (Kind.MAIN, Kind.TOOL) or not identity.user_text:
+            return turn_id
+        first = self._db.scalar(
+            select(turns.c.user_text)
+            .where(turns.c.turn_id == turn_id, turns.c.kind.in_((Kind.MAIN.value, Kind.TOOL.value)))
+            .order_by(turns.c.started_at, turns.c.id)
+            .limit(1)
+        )
+        if first is None or first == identity.user_text:
+            return turn_id
+        return _short(principal, session, f"{identity.trace}\n{identity.user_text}")
 
     def _insert_turn(self, row: dict[str, Any]) -> bool:
         return insert_one(self._db, turns, row)
@@ -223,11 +241,11 @@ class Ingest:
     def _put_blob(self, value: Json) -> str | None:
         if value is None:
             return None
-        blob_id = sha256(canonical(value).encode("ascii")).hexdigest()
-        if blob_id not in self._known:
-            insert_new(self._db, blobs, [{"id": blob_id, "content": value}])
-            self._remember([blob_id])
-        return blob_id
+        key = blob_id(value)
+        if key not in self._known:
+            insert_new(self._db, blobs, [{"id": key, "content": value}])
+            self._remember([key])
+        return key
 
     def _remember(self, ids: list[str]) -> None:
         self._known.update(ids)
@@ -308,10 +326,13 @@ def _turn_id(principal: str, session: str | None, identity: Identity, chain: _Ch
 
 
 def _human_place(sent: Sequence[Message], user_text: str | None) -> int | None:
-    """The last user message that holds the human's text, else the last one."""
-    users = [i for i, m in enumerate(sent) if m.role is Role.USER]
-    holds = [i for i in users if user_text and user_text in sent[i].text]
-    return (holds or users)[-1] if users else None
+    """The last user message that is the human's text, else ends with it, else holds it, else the last one."""
+    users = [(i, m.text) for i, m in enumerate(sent) if m.role is Role.USER]
+    if user_text:
+        for fits in (str.__eq__, str.endswith, str.__contains__):
+            if places := [i for i, text in users if fits(text, user_text)]:
+                return places[-1]
+    return users[-1][0] if users else None
 
 
 def _short(*parts: str | None) -> str:
@@ -331,6 +352,7 @@ def _exchange_columns(reading: Reading) -> dict[str, Any]:
         "host": plain(exchange.host),
         "port": exchange.port,
         "path": plain(exchange.path),
+        "redacted": reading.redacted,
         "status_code": exchange.status_code,
         "error": reading.error,
         "state": "captured" if reading.reason is None else "skipped",
@@ -341,6 +363,13 @@ def _exchange_columns(reading: Reading) -> dict[str, Any]:
         "duration_ms": exchange.duration_ms,
         "live": exchange.live,
     }
+
+
+def _is_the_databases(e: Exception) -> bool:
+    """Is it the database that failed (locked, full, gone), and not the content that it refused?"""
+    if not isinstance(e, DBAPIError) or isinstance(e, DataError | IntegrityError):
+        return False
+    return not str(getattr(e.orig, "sqlstate", "")).startswith("54")  # PostgreSQL: a limit is exceeded
 
 
 def _count(value: int | None) -> int | None:

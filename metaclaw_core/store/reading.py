@@ -21,15 +21,17 @@ from hashlib import sha256
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import SpliceError, WireError
 from metaclaw_core.model import Exchange, Request, Response
-from metaclaw_core.redact import redact, redact_path
-from metaclaw_core.store.chain import redact_message
+from metaclaw_core.redact import redact, redact_path, redact_text
+from metaclaw_core.store.chain import pack_message, redact_message
 from metaclaw_core.store.spool import NOT_STORED
 from metaclaw_core.wire import by_name
 from metaclaw_core.wire.base import Dialect
+from metaclaw_core.wire.jsonio import dumps
 from metaclaw_core.wire.splice import remove
 
 logger = logging.getLogger(__name__)
 
+_PLACEHOLDER = b"[redacted:"
 _SEAL = b"<!-- metaclaw:"  # cheap test before the slot is looked for
 _SKILL_HEADING = re.compile(r"^### ([a-z0-9][a-z0-9-]{0,63})\n\n_[^\n]*_$", re.MULTILINE)
 
@@ -52,6 +54,7 @@ class Reading:
     reason: str | None  # why the turn is of no use to learning; None: it is
     error: str | None  # the proxy's or the provider's own words
     injected: Injected | None
+    redacted: bool = False  # a secret was replaced in the request or the answer
 
 
 def read(exchange: Exchange, *, redacted: bool = False) -> Reading:
@@ -61,7 +64,8 @@ def read(exchange: Exchange, *, redacted: bool = False) -> Reading:
     except Exception as e:
         logger.exception("metaclaw: exchange %s can't be read", exchange.flow_id)
         key = sha256(f"{exchange.flow_id}\n{exchange.started_at!r}".encode("utf-8", "replace")).hexdigest()
-        return Reading(exchange, key, None, None, f"internal error: {type(e).__name__}: {e}", exchange.error, None)
+        bare = replace(exchange, path=exchange.path.partition("?")[0])
+        return Reading(bare, key, None, None, f"internal error: {type(e).__name__}: {e}", None, None)
 
 
 def _read(exchange: Exchange, redacted: bool) -> Reading:
@@ -100,7 +104,7 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
 
     status = exchange.status_code
     response: Response | None = None
-    error = exchange.error
+    error = None if exchange.error is None else redact_text(exchange.error)
     if status is None:
         response_problem = "no response"
     elif not 200 <= status < 300:
@@ -111,7 +115,10 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
         response, response_problem = _response(dialect, exchange, request, answer, whole)
         if response is not None and response.error is not None:
             error = error or response.error.message
-    return Reading(exchange, key, request, response, request_problem or response_problem, error, injected)
+    said = response.message if response is not None else None
+    texts = (body, answer, dumps(pack_message(said)).encode() if said is not None else b"")
+    secret = any(_PLACEHOLDER in text for text in texts)
+    return Reading(exchange, key, request, response, request_problem or response_problem, error, injected, secret)
 
 
 def _response(

@@ -116,36 +116,31 @@ class Store:
         query = select(turns, sessions.c.session_id, sessions.c.session_key).outerjoin(
             sessions, sessions.c.id == turns.c.session
         )
-        with self._read() as connection:
-            if limit is not None:
-                newest = connection.execute(
-                    select(turns.c.id)
-                    .outerjoin(sessions, sessions.c.id == turns.c.session)
-                    .where(*wanted)
-                    .order_by(turns.c.started_at.desc(), turns.c.id.desc())
-                    .limit(limit)
-                )
-                ids = [row.id for row in newest][::-1]
-                for some in batched(ids, MANY):
+        if limit is not None:
+            newest = (
+                select(turns.c.id)
+                .outerjoin(sessions, sessions.c.id == turns.c.session)
+                .where(*wanted)
+                .order_by(turns.c.started_at.desc(), turns.c.id.desc())
+                .limit(limit)
+            )
+            with self._read() as connection:
+                ids = connection.scalars(newest).all()[::-1]
+            for some in batched(ids, MANY):
+                with self._read() as connection:
                     rows = {row.id: row for row in connection.execute(query.where(turns.c.id.in_(some)))}
-                    yield from (_turn(rows[i]) for i in some)
+                yield from (_turn(rows[i]) for i in some if i in rows)
+            return
+        page = query = query.where(*wanted).order_by(turns.c.started_at, turns.c.id).limit(_PAGE)
+        while True:  # pages by key: nothing is held open while the caller works
+            with self._read() as connection:
+                found = connection.execute(page).all()
+            yield from map(_turn, found)
+            if len(found) < _PAGE:
                 return
-            query = query.where(*wanted).order_by(turns.c.started_at, turns.c.id).limit(_PAGE)
-            last: Row[Any] | None = None
-            while True:  # pages by key: no cursor is held open while the caller works
-                page = query
-                if last is not None:
-                    page = query.where(
-                        or_(
-                            turns.c.started_at > last.started_at,
-                            and_(turns.c.started_at == last.started_at, turns.c.id > last.id),
-                        )
-                    )
-                rows_here = connection.execute(page).all()
-                yield from map(_turn, rows_here)
-                if len(rows_here) < _PAGE:
-                    return
-                last = rows_here[-1]
+            at, last = found[-1].started_at, found[-1].id
+            after = or_(turns.c.started_at > at, and_(turns.c.started_at == at, turns.c.id > last))
+            page = query.where(after)
 
     def sessions(self, *, principal: str | None = None) -> Iterator[dict[str, Any]]:
         """Sessions, oldest first, each with its number of turns and how many of each kind."""
@@ -259,7 +254,7 @@ class Store:
                 .values(
                     state=new.value,
                     reason=reason,
-                    attempts=turns.c.attempts + (new is State.FAILED),
+                    attempts=turns.c.attempts + int(new is State.FAILED),
                     claimed_by=None,
                     claim_expires_at=None,
                 )
@@ -313,6 +308,12 @@ class Store:
     def transaction(self) -> Iterator[Connection]:
         """A write transaction for what belongs together with a move (`move_in`)."""
         with self._write() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection for questions that this class has no method for."""
+        with self._read() as connection:
             yield connection
 
     @contextmanager

@@ -132,6 +132,18 @@ def _typed(path: Path, doing: str) -> Iterator[None]:
         raise SpoolError(f"The spool {path} can't be {doing}: {e}.") from e
 
 
+def create_private(path: Path) -> None:
+    """Make an empty database file, 0600 in folders 0700, unless there is one.
+
+    An existing file is not even opened: to close it again would drop the locks that SQLite holds on it
+    for this process.
+    """
+    for folder in reversed([p for p in path.parents if not p.exists()]):
+        folder.mkdir(mode=0o700, exist_ok=True)  # mkdir(parents=True) would give only the last one this mode
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 class _Spool:
     """One open spool file; used by one thread at a time."""
 
@@ -174,27 +186,25 @@ class SpoolWriter(_Spool):
     """
 
     def __init__(self, path: Path) -> None:
-        with _typed(path, "opened"):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _typed(path, "opened"), contextlib.ExitStack() as undo:
+            create_private(path)
             self._lock = _lock(path)
-        if self._lock is None:
-            raise SpoolError(f"The spool {path} is in use by another process.")
-        try:
-            with _typed(path, "opened"):
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-                super().__init__(path, sqlite3.connect(path, isolation_level=None, check_same_thread=False))
-                self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # acts on a new file only
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA journal_size_limit=16777216")
-                self._db.executescript(_SCHEMA)
-                owner = {"format": FORMAT, "pid": os.getpid(), "started_at": time.time()}
-                with self._transaction():
-                    self._db.executemany(
-                        "INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in owner.items()]
-                    )
-        except SpoolError:
-            os.close(self._lock)
-            raise
+            if self._lock is None:
+                raise SpoolError(f"The spool {path} is in use by another process.")
+            undo.callback(os.close, self._lock)
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            undo.callback(connection.close)
+            super().__init__(path, connection)
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # acts on a new file only
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_size_limit=16777216")
+            connection.executescript(_SCHEMA)
+            owner = {"format": FORMAT, "pid": os.getpid(), "started_at": time.time()}
+            with self._transaction():
+                connection.executemany(
+                    "INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in owner.items()]
+                )
+            undo.pop_all()
 
     def close(self) -> None:
         super().close()
@@ -213,19 +223,16 @@ class SpoolReader(_Spool):
     """The worker's side. Raises SpoolError, also for a file of a newer format."""
 
     def __init__(self, path: Path) -> None:
-        with _typed(path, "opened"):
-            super().__init__(
-                path, sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
-            )
-            try:
-                found = int(self.meta().get("format", "0"))
-                if found > FORMAT:
-                    raise SpoolError(
-                        f"The spool {path} was written by a newer MetaClaw (format {found}); upgrade this one."
-                    )
-            except Exception:
-                self.close()
-                raise
+        with _typed(path, "opened"), contextlib.ExitStack() as undo:
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
+            undo.callback(connection.close)
+            super().__init__(path, connection)
+            found = int(self.meta().get("format", "0"))
+            if found > FORMAT:
+                raise SpoolError(
+                    f"The spool {path} was written by a newer MetaClaw (format {found}); upgrade this one."
+                )
+            undo.pop_all()
 
     def batch(self, limit: int, max_bytes: int = MAX_BATCH_BYTES) -> list[tuple[int, Exchange]]:
         """The oldest rows, at most `limit` and about `max_bytes` of bodies, at least one if any waits."""

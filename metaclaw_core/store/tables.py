@@ -6,6 +6,15 @@ sessions    (principal, session id): who talked with what.
 turns       one exchange with an LLM each; the only rows that move through states.
 leases      who may act on the store.
 counters    what ingest saw, for `status`.
+votes       what the judge's models said of a turn, one row a vote.
+spend       tokens that our own calls of LLMs took, a row per day, purpose and model.
+health      checks that decide whether something may go on (RL needs a judge that passed its own).
+segments    stretches of sessions that skills are written from, and what came of each.
+evolve_cursors  how far the turns of a session have been put into segments.
+skill_uses  which human turn had which skill in its prompt.
+job_runs    what the worker's jobs did; a run without an end was cut off.
+notices     what the user was told once.
+caller_spend  what our calls with a caller's own key took.
 
 Every column that may be unknown is NULL then, never 0 or "". Times are unix seconds.
 """
@@ -74,6 +83,7 @@ turns = Table(
     Column("agent", Text),
     Column("kind", Text, nullable=False),
     Column("trace_id", Text),
+    Column("history_mark", Text),  # digest of what a compaction left at the head of the history
     Column("dialect", Text, nullable=False),
     Column("scheme", Text, nullable=False),
     Column("host", Text, nullable=False),
@@ -103,6 +113,7 @@ turns = Table(
     Column("cached_tokens", Integer),
     Column("cache_write_tokens", Integer),
     Column("reasoning_tokens", Integer),
+    Column("redacted", Boolean, nullable=False),  # a secret was replaced in the request or the answer
     Column("status_code", Integer),
     Column("error", SafeText),
     Column("injected", JsonText),  # names of skills; NULL: nothing was injected, [] : names unknown
@@ -117,6 +128,9 @@ turns = Table(
     Column("started_at", Float, nullable=False),
     Column("duration_ms", Float),
     Column("live", Boolean, nullable=False),
+    Column("score", Integer),  # +1, 0 or -1 as the judge's majority said; NULL: not judged, or no majority
+    Column("reward", Float),  # what RL makes of it: 1, 0, or NULL for a score of 0 too, which says nothing
+    Column("scored_at", Float),  # NULL: not judged yet
     UniqueConstraint("flow_id", name="turns_flow_id"),
     UniqueConstraint("content_key", name="turns_content_key"),
     Index("turns_state_started_at", "state", "started_at"),
@@ -141,4 +155,115 @@ counters = Table(
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", BigInteger, nullable=False),
+)
+
+votes = Table(
+    "votes",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("turn", _Id, ForeignKey("turns.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),  # from 0; a turn has one vote of each number
+    Column("score", Integer),  # +1, 0 or -1; NULL: abstained
+    Column("problem", SafeText),  # why it is an abstention
+    Column("reason", SafeText),  # the judge's own words, redacted and cut
+    Column("model", Text, nullable=False),
+    Column("prompt", Text, nullable=False),  # version of the prompt, a hash
+    Column("started_at", Float, nullable=False),
+    Column("latency_ms", Float, nullable=False),  # retries included
+    UniqueConstraint("turn", "number", name="votes_turn_number"),
+)
+
+spend = Table(
+    "spend",
+    metadata,
+    Column("day", Text, primary_key=True),  # 2026-11-25, in UTC
+    Column("purpose", Text, primary_key=True),  # "judge", "evolve" …
+    Column("model", Text, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("estimated_tokens", BigInteger, nullable=False),  # how many of both are our estimate, the provider said none
+)
+
+health = Table(
+    "health",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("ok", Boolean, nullable=False),
+    Column("reason", SafeText),  # NULL: ok
+    Column("checked_at", Float, nullable=False),
+    Column("detail", JsonText),
+)
+
+evolve_cursors = Table(
+    "evolve_cursors",
+    metadata,
+    Column("session", Text, primary_key=True),
+    Column("started_at", Float, nullable=False),  # of the last turn that is in a segment
+    Column("turn", _Id, nullable=False),
+)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("id", Text, primary_key=True),  # derived from the session and its first and last turn
+    Column("session", Text, nullable=False),
+    Column("principal", Text, nullable=False),
+    Column("first_turn", _Id, nullable=False),
+    Column("last_turn", _Id, nullable=False),
+    Column("turns", Integer, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("ended_at", Float, nullable=False),  # start of its last turn
+    Column("end_reason", Text, nullable=False),  # "idle", "new session", "compaction", "reset", "asked for"
+    Column("trust", SafeText),  # why what was said in it is not surely the user's; NULL: nothing speaks against it
+    Column("state", Text, nullable=False),  # "waiting", "proposed" (edits are decided, not all applied), "done", "skipped", "failed"
+    Column("detail", SafeText),  # what it waits for, or why it was skipped or failed
+    Column("attempts", Integer, nullable=False),
+    Column("next_try_at", Float, nullable=False),
+    Column("model", Text),  # that proposed the edits
+    Column("edits", JsonText),  # decisions in order, see learn.ledger
+    Column("updated_at", Float, nullable=False),
+    Index("segments_state_next_try_at", "state", "next_try_at"),
+    Index("segments_session", "session"),
+)
+
+skill_uses = Table(
+    "skill_uses",
+    metadata,
+    Column("skill", Text, primary_key=True),
+    Column("turn_id", Text, primary_key=True),
+    Column("session", Text),
+    Column("at", Float, nullable=False),
+)
+
+job_runs = Table(
+    "job_runs",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name", Text, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("ended_at", Float),  # NULL: running, or killed
+    Column("ok", Boolean),
+    Column("report", JsonText),
+    Column("error", SafeText),
+    Index("job_runs_name_started_at", "name", "started_at"),
+)
+
+notices = Table(
+    "notices",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("text", SafeText, nullable=False),
+)
+
+caller_spend = Table(
+    "caller_spend",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("principal", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("tokens", BigInteger, nullable=False),  # as the provider counted, else as reserved
+    Column("status", Integer),  # NULL: no answer came
+    Index("caller_spend_principal_at", "principal", "at"),
 )

@@ -20,6 +20,7 @@ from sqlalchemy import LargeBinary, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from metaclaw_core.errors import StoreError, WireError
 from metaclaw_core.model import Json
 from metaclaw_core.wire.jsonio import dumps, loads
 
@@ -70,7 +71,11 @@ def pack(value: Json) -> bytes:
 
 
 def unpack(data: bytes) -> Json:
-    return loads(zstandard.decompress(data) if data.startswith(_ZSTD_MAGIC) else data, "stored content")
+    """Raises StoreError for what `pack` never wrote."""
+    try:
+        return loads(zstandard.decompress(data) if data.startswith(_ZSTD_MAGIC) else data, "stored content")
+    except (WireError, zstandard.ZstdError) as e:
+        raise StoreError(f"The store holds damaged content ({e}); `metaclaw store verify` says where.") from e
 
 
 def plain(text: str | None) -> str | None:

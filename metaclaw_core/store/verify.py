@@ -9,14 +9,13 @@ Limits: reads every message once; the whole takes about as long as reading the f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, LargeBinary, func, select, type_coerce
 
-from metaclaw_core.errors import WireError
-from metaclaw_core.store.chain import message_id, unpack_message
+from metaclaw_core.errors import StoreError
+from metaclaw_core.store.chain import blob_id, message_id, unpack_message
 from metaclaw_core.store.tables import blobs, messages, turns
-from metaclaw_core.wire.jsonio import canonical
+from metaclaw_core.store.types import unpack
 
 _MAX_PROBLEMS = 100
 
@@ -31,18 +30,26 @@ class VerifyReport:
 def verify(connection: Connection) -> VerifyReport:
     problems: list[str] = []
     examined = 0
-    for row in connection.execution_options(yield_per=200).execute(select(messages)):
+    raw = type_coerce(messages.c.content, LargeBinary).label("content")  # unpacked here, so that damage has a name
+    every = select(messages.c.id, messages.c.parent, messages.c.role, raw)
+    for row in connection.execution_options(yield_per=200).execute(every):
         examined += 1
         try:
-            derived = message_id(row.parent, unpack_message(row.role, row.content))
-        except (KeyError, TypeError, ValueError, WireError) as e:
+            derived = message_id(row.parent, unpack_message(row.role, unpack(bytes(row.content))))
+        except (KeyError, TypeError, ValueError, StoreError) as e:
             problems.append(f"message {row.id} can't be read: {type(e).__name__}: {e}")
             continue
         if derived != row.id:
             problems.append(f"message {row.id} has content that hashes to {derived}")
-    for row in connection.execution_options(yield_per=200).execute(select(blobs)):
-        if sha256(canonical(row.content).encode("ascii")).hexdigest() != row.id:
-            problems.append(f"blob {row.id} has content with another hash")
+    raw = type_coerce(blobs.c.content, LargeBinary).label("content")
+    for row in connection.execution_options(yield_per=200).execute(select(blobs.c.id, raw)):
+        try:
+            derived = blob_id(unpack(bytes(row.content)))
+        except StoreError as e:
+            problems.append(f"blob {row.id} can't be read: {e}")
+            continue
+        if derived != row.id:
+            problems.append(f"blob {row.id} has content that hashes to {derived}")
     parent = messages.alias("parent")
     orphans = (
         select(messages.c.id, messages.c.parent)

@@ -20,25 +20,32 @@ import sys
 import threading
 import time
 from base64 import b64decode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 from e2e_tools import ROOT, SCRIPT, environment, free_port, wait_for_port
 
+from metaclaw_core.wire import find_route, splice
+
 KIT = ROOT / ".openclaw-kit"
 SCRIPTS = Path(os.environ.get("METACLAW_SHARED") or ROOT.parent / "shared") / "openclaw"
 LLM_HOSTS = "api.openai.com,api.anthropic.com,generativelanguage.googleapis.com,ollama.com,api.example-llm.com"
+OPENCLAW = str(KIT / "node_modules/.bin/openclaw")
 TOKEN = "fake-gateway-token"
+MARK = b"metaclaw-skills"
 KEYS = {
     "OPENAI_API_KEY": "sk-fake-openai-0000",
     "ANTHROPIC_API_KEY": "sk-ant-api03-fake-0000",
     "GEMINI_API_KEY": "AIzaFake0000",
 }
-LENGTHS = ("content-length",)  # the only header that may differ
+
+type Script = Callable[[ModuleType, list[Any], dict[str, Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +79,31 @@ class Pair:
     got: Message
 
     @property
-    def added(self) -> bytes:
-        """What the proxy inserted; fails unless the rest is the client's, byte for byte."""
-        a, b = self.sent.body, self.got.body
-        if a == b:
-            return b""
-        at = common_prefix(a, b)
-        extra = len(b) - len(a)
-        assert extra > 0, "the proxy took something away"
-        # The insertion can be moved left while its first bytes repeat; any place that fits proves it.
-        assert b[at + extra :] == a[at:] or b.endswith(a[at:]), "more than one place differs"
-        return b[at : at + extra]
+    def block(self) -> str | None:
+        """The text that the proxy put in; None if it sent the client's bytes. Fails unless all else is the same."""
+        mine, theirs = _without(self.sent, "content-length"), _without(self.got, "content-length")
+        assert (self.got.method, self.got.path, theirs) == (self.sent.method, self.sent.path, mine)
+        assert self.got.header("content-length") == str(len(self.got.body))
+        if self.got.body == self.sent.body:
+            return None
+        at, more = common_prefix(self.sent.body, self.got.body), len(self.got.body) - len(self.sent.body)
+        assert more > 0, "the proxy took something away"
+        assert self.got.body[at + more :] == self.sent.body[at:], "more than one place differs"
+        assert MARK not in self.sent.body
+        assert (self.got.body.count(b"<metaclaw-skills>"), self.got.body.count(b"</metaclaw-skills>")) == (1, 1)
+        found = find_route(self.got.method, self.got.path)
+        assert found is not None
+        removed = splice.remove(self.got.body, found[0].system_slot(self.got.body))
+        assert removed is not None
+        assert removed[0] == self.sent.body
+        return removed[1]
+
+    def in_session(self, name: str) -> bool:
+        return b"session=agent:main:%s |" % name.encode() in self.sent.body
+
+
+def _without(message: Message, name: str) -> list[tuple[str, str]]:
+    return [(key, value) for key, value in message.headers if key.lower() != name]
 
 
 def common_prefix(a: bytes, b: bytes) -> int:
@@ -98,12 +119,12 @@ def common_prefix(a: bytes, b: bytes) -> int:
 
 
 class RecordingLLM:
-    """The kit's scripted LLM on a plain and a TLS port. `script` may answer before it does: (turns, has tools) → reply or None."""
+    """The kit's scripted LLM on a plain and a TLS port. `script` is asked first: (the kit, what was said, body) → reply or None."""
 
-    def __init__(self, script: Callable[[ModuleType, list[Any], bool], Any] | None = None) -> None:
+    def __init__(self, script: Script | None = None) -> None:
         kit = _kit_llm()
         self.received: list[Message] = []
-        received = self.received
+        received, now = self.received, threading.local()
 
         class Handler(kit.Handler):  # type: ignore[misc, name-defined]
             def do_POST(self) -> None:
@@ -116,13 +137,17 @@ class RecordingLLM:
 
             do_GET = do_HEAD = do_PUT = do_DELETE = do_POST
 
+            def chat(self, name: str) -> None:
+                now.body = self.body
+                super().chat(name)
+
             def note(self, name: str, status: int, answered: str) -> None:
                 headers = tuple((key, value) for key, value in self.headers.items())
                 received.append(Message(self.command, self.path, headers, self.raw, name, answered))
 
         if script is not None:
             own = kit.decide
-            kit.decide = lambda turns, tools, trace: script(kit, turns, tools) or own(turns, tools, trace)
+            kit.decide = lambda turns, tools, trace: script(kit, turns, now.body) or own(turns, tools, trace)
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(KIT / "ca/llm.pem", KIT / "ca/llm.key")
         self._servers = [kit.Server(0, None), kit.Server(0, None, tls)]
@@ -160,6 +185,8 @@ class Stage:
         self.folder, self.llm = folder, llm
         self.user, self.home, self.state = folder / "user", folder / "metaclaw", folder / "user/.openclaw"
         self.flows, self.client_log = folder / "flows.mitm", folder / "client.jsonl"
+        self.said: list[str] = []  # by the human, for the store to be asked about
+        self.kinds: list[str] = []  # of the requests that the addon saw, as the tests expect them
         self.proxy_port, self.reverse_port, self.gateway_port = free_port(), free_port(), free_port()
         self._running: list[subprocess.Popen[bytes]] = []
         self._proxy: subprocess.Popen[bytes] | None = None
@@ -189,10 +216,10 @@ class Stage:
     # --- processes ----------------------------------------------------------------------------
 
     def start_proxy(self, *, addon: bool = True) -> None:
-        """mitmdump, with our script unless told otherwise. The index is built before, so that the first turn has skills."""
+        """mitmdump, with our script and a capture, or with neither. The index is built before, for the first turn's sake."""
         scripts = [SCRIPTS / "upstream_map.py", ROOT / "tests/e2e/record_client.py", *([SCRIPT] if addon else [])]
         if addon and not (self.home / "skills.index").exists():
-            self._python("-m", "metaclaw_core.skills.build")
+            _run([sys.executable, "-m", "metaclaw_core.skills.build"], environment(self.home), self.folder)
         env = environment(self.home) | {
             "KIT_LLM_HOSTS": LLM_HOSTS,
             "LLM_PORT": str(self.llm.port),
@@ -200,7 +227,7 @@ class Stage:
         }
         modes = [f"regular@127.0.0.1:{self.proxy_port}", f"reverse:http://127.0.0.1:{self.llm.port}@127.0.0.1:{self.reverse_port}"]
         command = [str(Path(sys.executable).with_name("mitmdump")), "--set", f"confdir={self.folder / 'mitmproxy'}"]
-        command += ["--set", f"ssl_verify_upstream_trusted_ca={KIT / 'ca/ca.pem'}", "-w", f"+{self.flows}"]
+        command += ["--set", f"ssl_verify_upstream_trusted_ca={KIT / 'ca/ca.pem'}", *(["-w", f"+{self.flows}"] if addon else [])]
         command += [part for mode in modes for part in ("--mode", mode)]
         command += [part for script in scripts for part in ("-s", str(script))]
         command += ["--set", f"record_client={self.client_log}"]
@@ -213,7 +240,7 @@ class Stage:
         self._running.remove(self._proxy)
 
     def start_gateway(self) -> None:
-        self.gateway = self._start("gateway", [str(KIT / "node_modules/.bin/openclaw"), "gateway", "run"], self.agent_env(), self.gateway_port)
+        self.gateway = self._start("gateway", [OPENCLAW, "gateway", "run"], self.agent_env(), self.gateway_port)
 
     def agent_env(self, **more: str) -> dict[str, str]:
         """What a user sets, and what the kit's configuration refers to."""
@@ -240,27 +267,34 @@ class Stage:
         wait_for_port(port, process, log)
         return process
 
-    def _python(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], env=environment(self.home), capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     # --- what a person does -------------------------------------------------------------------
 
-    def openclaw(self, *arguments: str, timeout: float = 120, **env: str) -> str:
+    def openclaw(self, *arguments: str) -> str:
         """The command line, as a user would type it."""
-        command = [str(KIT / "node_modules/.bin/openclaw"), *arguments]
-        done = subprocess.run(command, env=self.agent_env(**env), cwd=self.user, capture_output=True, text=True, timeout=timeout)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return _run([OPENCLAW, *arguments], self.agent_env(), self.user)
 
-    def say(self, text: str, model: str, session: str, *more: str) -> str:
-        return self.openclaw(
-            *("agent", "--agent", "main", "--session-key", f"agent:main:{session}", "--model", model, *more, "-m", text)
-        )
+    def say(self, text: str, model: str, session: str) -> str:
+        self.said.append(text)
+        return self.openclaw("agent", "--agent", "main", "--session-key", f"agent:main:{session}", "--model", model, "-m", text)
+
+    def once(self, text: str, model: str, session: str) -> str:
+        """Another user, without a gateway, whose proxy is in OPENCLAW_PROXY_URL alone and whose Ollama is in the cloud."""
+        self.said.append(text)
+        home = self.folder / "other"
+        (home / ".openclaw/workspace").mkdir(parents=True)
+        (home / ".openclaw/workspace/notes.txt").write_text("remember the milk\n")
+        (home / ".openclaw/openclaw.json").write_text((SCRIPTS / "openclaw.json").read_text())
+        arguments = ("agent", "--local", "--agent", "main", "--session-key", f"agent:main:{session}", "--model", model, "-m", text)
+        env = self.agent_env(HOME=str(home), OPENCLAW_PROXY_URL=f"http://127.0.0.1:{self.proxy_port}")
+        return _run([OPENCLAW, *arguments], {k: v for k, v in env.items() if k not in ("HTTP_PROXY", "HTTPS_PROXY")}, home)
+
+    def call(self, method: str, **parameters: Any) -> None:
+        """A method of the gateway, as its own clients call it."""
+        self.openclaw("gateway", "call", method, "--params", json.dumps(parameters), "--json")
 
     def post(self, text: str, model: str, session: str) -> str:
         """The same over the gateway's chat API, which spares the start of the command line."""
+        self.said.append(text)
         answer = httpx.post(
             f"http://127.0.0.1:{self.gateway_port}/v1/chat/completions",
             json={"model": "openclaw", "messages": [{"role": "user", "content": text}]},
@@ -293,11 +327,20 @@ class Stage:
         assert all(message.trace for message in got)
         return [Pair(before[message.trace], message) for message in got]
 
+    def chats(self, start: int = 0) -> int:
+        return sum(message.dialect != "other" for message in list(self.llm.received)[start:])
+
     def wait_for(self, what: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, f"it did not come in {seconds} s"
             time.sleep(0.1)
+
+
+def _run(command: Sequence[str], env: dict[str, str], folder: Path) -> str:
+    done = subprocess.run(command, env=env, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -309,3 +352,80 @@ def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+# --- a channel ------------------------------------------------------------------------------------
+
+
+class Telegram:
+    """As much of the Bot API as OpenClaw's channel needs for a private chat. `write` is a person's message, `replies` the bot's."""
+
+    BOT: ClassVar[dict[str, Any]] = {"id": 777000111, "is_bot": True, "first_name": "Claw", "username": "claw_test_bot"}
+    PERSON: ClassVar[dict[str, Any]] = {"id": 4242, "is_bot": False, "first_name": "Ada", "username": "ada_l"}
+
+    def __init__(self) -> None:
+        self._updates: list[dict[str, Any]] = []
+        self.replies: list[str] = []
+        telegram = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+                try:
+                    arguments = json.loads(raw or b"{}")
+                except ValueError:
+                    arguments = dict(parse_qsl(raw.decode("latin-1")))
+                result = telegram._answer(urlsplit(self.path).path.rpartition("/")[2], arguments)
+                body = json.dumps({"ok": True, "result": result}).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.settings = {
+            "enabled": True,
+            "botToken": "777000111:AAFakeFakeFakeFakeFakeFakeFakeFakeFake0",
+            "apiRoot": f"http://127.0.0.1:{self._server.server_address[1]}",
+            "dmPolicy": "open",
+            "allowFrom": ["*"],
+        }
+
+    def _answer(self, method: str, arguments: dict[str, Any]) -> Any:
+        if method == "getMe":
+            return self.BOT
+        if method == "getUpdates":
+            first, deadline = int(arguments.get("offset") or 0), time.monotonic() + min(float(arguments.get("timeout") or 0), 20)
+            while not (new := [u for u in list(self._updates) if u["update_id"] >= first]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return new
+        if method in ("sendMessage", "editMessageText"):
+            self.replies.append(str(arguments.get("text", "")))
+            chat = {"id": arguments.get("chat_id"), "type": "private"}
+            return {"message_id": 1000 + len(self.replies), "date": int(time.time()), "chat": chat, "from": self.BOT, "text": self.replies[-1]}
+        if method == "getWebhookInfo":
+            return {"url": "", "has_custom_certificate": False, "pending_update_count": 0}
+        return [] if method == "getMyCommands" else True
+
+    def write(self, text: str) -> None:
+        n = len(self._updates) + 1
+        chat = {"id": 4242, "type": "private", "first_name": "Ada"}
+        message = {"message_id": n, "from": self.PERSON, "chat": chat, "date": int(time.time()), "text": text}
+        self._updates.append({"update_id": 5000 + n, "message": message})
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

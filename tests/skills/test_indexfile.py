@@ -87,7 +87,7 @@ def test_another_version_is_named(written: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [(b'"terms": 3', b'"terms": 9'), (b'"names": ["a", "b"]', b'"names": ["a", "a"]'), (b'"sections"', b'"sectionz"')],
+    [(b'"terms": 4', b'"terms": 9'), (b'"names": ["a", "b"]', b'"names": ["a", "a"]'), (b'"sections"', b'"sectionz"')],
 )
 def test_a_file_with_a_right_checksum_and_wrong_structure_is_refused(
     written: bytes, tmp_path: Path, change: tuple[bytes, bytes]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -261,7 +260,7 @@ def test_a_linked_folder_is_read_and_archiving_it_removes_the_link_only(
 ) -> None:
     real = write(tmp_path / "elsewhere", "a", "linked")
     folder.mkdir()
-    os.symlink(tmp_path / "elsewhere" / "a", folder / "a")
+    (folder / "a").symlink_to(tmp_path / "elsewhere" / "a")
     assert described(library) == {"a": "linked"}
     library.archive("a")
     assert not (folder / "a").exists()

@@ -21,7 +21,7 @@ from metaclaw_core.store.db import open_store
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.wire import find_route
 
-POSTGRES = os.environ.get("METACLAW_TEST_POSTGRES")  # noqa: TID251 - a URL of a database where schemas may be made
+POSTGRES = os.environ.get("METACLAW_TEST_POSTGRES")
 CAPTURES = Path(__file__).resolve().parents[1] / "captures"
 
 

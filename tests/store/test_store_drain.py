@@ -51,7 +51,7 @@ def test_a_store_that_fails_leaves_the_spool_as_it_was(store: Store, folder: Pat
     with SpoolWriter(folder / "1.db") as writer:
         writer.append([chat("one")])
     with store.transaction() as connection:
-        connection.execute(text("DROP TABLE messages"))
+        connection.execute(text("ALTER TABLE messages RENAME TO gone"))
     with pytest.raises(StoreError):
         drain_spools(store, folder)
     with SpoolReader(folder / "1.db") as reader:

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,26 @@ def test_the_same_answer_with_other_reasoning_is_kept_in_full(
     assert thoughts == ["two and two", "counting", "two and two"]
 
 
+def test_a_secret_is_replaced_and_the_turn_says_so(store: Store, chat: Any, chat_stream: Callable[..., bytes]) -> None:
+    """An import brings bodies that no spool has searched; a stream may split a secret over two events."""
+    key = "sk-ant-api03-aaaabbbbccccdddd"
+    head = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n'
+    split = head % b"your key: sk-ant-" + head % b"api03-aaaabbbbccccdddd" + chat_stream("")
+    store.ingest([chat(f"my key is {key}", answer="ok"), chat("what was it?", answer=split), chat("thanks")])
+    assert rows(store, "user_text", "assistant_text", "redacted") == [
+        ("my key is [redacted:anthropic-key]", "ok", True),
+        ("what was it?", "your key: [redacted:anthropic-key]", True),
+        ("thanks", "Hello.", False),
+    ]
+
+
+def test_a_path_that_is_no_url_loses_its_query(store: Store, chat: Any) -> None:
+    store.ingest([chat("hi", path="//[?key=AIzaSyAaaaaaaaaaaa")])
+    assert rows(store, "path", "state", "reason") == [
+        ("//[", "skipped", "internal error: ValueError: Invalid IPv6 URL")
+    ]
+
+
 # --- sessions and turns -------------------------------------------------------------------------
 
 
@@ -202,6 +223,25 @@ def test_a_tool_loop_is_one_turn(store: Store, chat: Any) -> None:
     assert a == b == c
     assert d != a
     assert all(len(turn) == 32 for turn in (a, d))
+
+
+def test_a_trace_with_two_messages_of_the_human_is_two_turns(store: Store, chat: Any) -> None:
+    runtime = "\n\nRuntime: agent=main | session=agent:main:main | sessionId=5c89be32-3adc-43ec-b0fd-efea88de0220 | x=y"
+    system = {"role": "system", "content": "<!-- openclaw:attempt:STABLE -->"}
+    hints = Hints(trace_id="a" * 32)
+    first = {"role": "user", "content": f"[Mon 2026-11-23 20:38 UTC] first{runtime}"}
+    second = {"role": "user", "content": "[Mon 2026-11-23 20:39 UTC] and this"}
+    answer = {"role": "assistant", "content": "Hello."}
+    store.ingest(
+        [
+            chat(system, first, hints=hints),
+            chat(system, first, hints=hints),  # a retry
+            chat(system, first, answer, second, hints=hints),  # said while the agent worked: the same trace
+        ]
+    )
+    a, b, c = rows(store, "turn_id")
+    assert a == b
+    assert c != a
 
 
 def test_a_request_that_cannot_be_read_has_no_turn_and_no_session(store: Store, chat: Any) -> None:
@@ -423,6 +463,20 @@ def test_a_capture_imported_as_file_and_as_har_adds_nothing_twice(
     assert store.ingest(captured("openai-completions.mitm")).stored == 7
     assert store.ingest(captured("openai-completions.har")).duplicates == 7
     assert store.ingest(captured("openai-completions.mitm")).duplicates == 7
+
+
+def test_workers_that_ingest_the_same_at_once_store_it_once(store: Store, chat: Any) -> None:
+    texts = ["a"]
+    exchanges = []
+    for i in range(20):
+        exchanges.append(chat(*texts, answer=f"answer {i}"))
+        texts += [f"answer {i}", f"ask {i}"]
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(store.ingest, [exchanges] * 3))
+    assert sum(report.stored for report in reports) == 20
+    assert sum(report.duplicates for report in reports) == 40
+    assert len(set(rows(store, "session"))) == 1
+    assert store.verify().problems == ()
 
 
 # --- bad input ----------------------------------------------------------------------------------

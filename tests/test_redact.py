@@ -1,0 +1,77 @@
+"""The one function that every writer calls before something reaches the disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metaclaw_core.redact import redact, redact_path, redact_text
+
+SECRETS = {
+    "anthropic-key": "sk-ant-api03-" + "a1B2" * 8,
+    "openai-key": "sk-proj-" + "a1B2" * 8,
+    "google-key": "AIza" + "Sy" * 17 + "x",
+    "google-oauth": "ya29." + "a0" * 20,
+    "aws-key-id": "AKIA" + "ABCD" * 4,
+    "github-token": "ghp_" + "a1" * 18,
+    "gitlab-token": "glpat-" + "a1" * 10,
+    "slack-token": "xoxb-" + "1234-" * 4 + "abcd",
+    "huggingface-token": "hf_" + "aB" * 17,
+    "tinker-key": "tml-" + "aB3" * 8,
+    "npm-token": "npm_" + "aB3" * 12,
+    "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJlLWhlcmU",
+    "private-key": "-----BEGIN RSA PRIVATE KEY-----\nMIIB\n-----END RSA PRIVATE KEY-----",
+}
+
+
+@pytest.mark.parametrize(("kind", "secret"), SECRETS.items())
+def test_each_shape_becomes_its_typed_placeholder_and_the_rest_stays(kind, secret):
+    assert redact_text(f"before {secret} after") == f"before [redacted:{kind}] after"
+    assert redact_text(f'{{"key":"{secret}"}}') == f'{{"key":"[redacted:{kind}]"}}'
+
+
+def test_bearer_and_telegram_tokens_need_what_stands_before_them():
+    assert redact_text("Authorization: Bearer abcdefghijklmnop1") == "Authorization: B[redacted:bearer]"
+    assert redact_text("bot123456:AA" + "x" * 33) == "bot123456[redacted:telegram-token]"
+    assert redact_text("time:AA" + "x" * 33) == "time:AA" + "x" * 33
+
+
+@pytest.mark.parametrize("text", ["task-abcdefghijklmnop", "a risk-assessment-document", "sk-short", "eyJ only", "AKIA", ""])
+def test_words_that_only_look_alike_stay(text):
+    assert redact_text(text) == text
+
+
+def test_a_body_without_secrets_is_the_same_object():
+    body = b'{"messages":[]}' * 100
+    assert redact(body) == (body, 0)
+    assert redact(body)[0] is body
+
+
+def test_a_json_body_stays_valid_json():
+    body = json.dumps({"a": list(SECRETS.values()), "b": "x"}).encode()
+    clean, count = redact(body)
+    assert count == len(SECRETS)
+    assert json.loads(clean)["b"] == "x"
+    assert all(value == f"[redacted:{kind}]" for kind, value in zip(SECRETS, json.loads(clean)["a"], strict=True))
+
+
+@given(st.text(st.characters(codec=None)), st.sampled_from(list(SECRETS.values())), st.text(st.characters(codec=None)))
+def test_no_secret_survives_whatever_surrounds_it(before, secret, after):
+    assert secret not in redact_text(f"{before} {secret} {after}")
+
+
+@given(st.binary())
+def test_any_bytes_are_taken_and_a_second_pass_changes_nothing(data):
+    once, _ = redact(data)
+    assert redact(once) == (once, 0)
+
+
+def test_secret_parameters_of_a_path_lose_their_value_and_others_keep_theirs():
+    assert redact_path("/v1beta/models/m:streamGenerateContent?alt=sse&key=AIzaX") == (
+        "/v1beta/models/m:streamGenerateContent?alt=sse&key=[redacted]"
+    )
+    assert redact_path("/v1/chat/completions") == "/v1/chat/completions"
+    assert redact_path("/x?access_token=a&b=") == "/x?access_token=[redacted]&b="
