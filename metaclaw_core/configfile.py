@@ -31,8 +31,10 @@ def read_text() -> str:
         return path.read_bytes().decode()  # as bytes, so that the ends of lines stay what they are
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} can't be read: {e}.") from e
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read ({e.strerror}): make it yours, or name another folder with METACLAW_HOME.") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not UTF-8 text: {e}.") from e
 
 
 def write_text(text: str) -> None:
@@ -43,7 +45,7 @@ def write_text(text: str) -> None:
         # A link is followed: people keep their configuration in a repository and link it here.
         write_atomic(path.resolve(), text.encode())
     except OSError as e:
-        raise ConfigError(f"{path} can't be written ({e.strerror}): METACLAW_HOME names another folder.") from e
+        raise ConfigError(f"{path} can't be written ({e.strerror}): make it yours, or name another folder with METACLAW_HOME.") from e
 
 
 def values_of(text: str) -> dict[str, Any]:
@@ -58,7 +60,15 @@ def values_of(text: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{config_file()} must hold keys and values, not a {type(values).__name__}.")
-    return values
+    unshared: dict[str, Any] = _unshared(values)
+    return unshared
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which an anchor and its aliases are things of their own, so that changing one is not changing all."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def lookup(values: Mapping[str, Any], path: Key) -> Any:
@@ -112,7 +122,7 @@ def _put(values: dict[str, Any], path: Key, value: Any) -> None:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1 << 20)
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=1 << 20)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -11,11 +11,16 @@ import asyncio
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metaclaw_core.errors import MetaClawError
-from metaclaw_core.settings import Settings
+from metaclaw_core.settings import Settings, skills_settings
 from metaclaw_core.store.drain import DrainReport, drain_under_lease
 from metaclaw_core.store.rollouts import Store
+
+if TYPE_CHECKING:
+    from metaclaw_core.learn.counters import LifeReport
+    from metaclaw_core.learn.evolve import Evolver, EvolveReport
 
 
 async def ingest(store: Store, home: Path) -> DrainReport:
@@ -56,3 +61,31 @@ async def refresh_index(settings: Settings, home: Path) -> IndexReport:
 
     report = loads_object(out, "report of the index build")
     return IndexReport(built=True, skills=report["skills"], problems=tuple(report["problems"]))
+
+
+async def evolve(evolver: Evolver) -> EvolveReport | None:
+    """Write skills from what has ended. None: another process is at it."""
+    from metaclaw_core.learn.runs import JobBusy
+
+    try:
+        return await evolver.run()
+    except JobBusy:
+        return None
+
+
+async def look_after_skills(store: Store, settings: Settings) -> LifeReport | None:
+    """Count what was injected; mark what is no longer used. None: another process is at it."""
+    from metaclaw_core.learn.counters import LifeReport, look_after
+    from metaclaw_core.learn.runs import JobBusy, job_lease, recorded
+    from metaclaw_core.skills.library import open_library
+
+    library = open_library(skills_settings(settings))
+
+    async def round_() -> LifeReport:
+        return await asyncio.to_thread(look_after, store, library, settings.skills.stale_days)
+
+    try:
+        async with job_lease(store, "skills"):
+            return await recorded(store, "skills", round_, worth=LifeReport.says_something)
+    except JobBusy:
+        return None

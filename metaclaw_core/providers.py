@@ -9,6 +9,7 @@ Limits: a name is believed as mitmproxy saw it; a provider's subdomains (regiona
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -62,3 +63,37 @@ def _names(entry: str, host: str, port: int) -> bool:
         return parts.hostname == host and parts.port in (None, port)
     except ValueError:
         return False
+
+
+# --- keys that may be borrowed ------------------------------------------------------------------
+
+KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")
+# A subscription's endpoint, or one whose requests are signed or carry a cloud's short-lived token.
+_NO_KEYS = ("chatgpt.com", "aiplatform.googleapis.com", "amazonaws.com", "githubcopilot.com", "azure.com")
+_SHAPES = {  # where a provider's API keys have a known shape, nothing else is one: (header, beginning)
+    "api.openai.com": ("authorization", ("sk-",)),
+    "api.anthropic.com": ("x-api-key", ("sk-ant-api",)),
+    "generativelanguage.googleapis.com": ("x-goog-api-key", ("AIza", "AQ.")),
+    "openrouter.ai": ("authorization", ("sk-or-",)),
+}
+_NO_API_KEY = re.compile(  # logins and short-lived tokens
+    r"sk-ant-(?:oat|ort|sid)|ya29\.|eyJ|gh[a-z]_|github_pat_|tid=|(?:AKIA|ASIA)[A-Z0-9]{12}|sess-|AWS4|oauth|xox", re.IGNORECASE
+)
+_KEY = re.compile(r"[!-~]{8,512}")
+_JWT = re.compile(r"[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}")
+
+
+def is_api_key(host: str, header: str, key: str) -> bool:
+    """Is `key`, sent in `header` to `host`, a plain API key: no login, no subscription, no signature?
+
+    In doubt it isn't.
+    """
+    host = host.lower()
+    if header not in KEY_HEADERS or any(host == name or host.endswith(f".{name}") for name in _NO_KEYS):
+        return False
+    if not _KEY.fullmatch(key) or ";" in key or "," in key or _NO_API_KEY.match(key) or _JWT.fullmatch(key):
+        return False
+    for name, (wanted, beginnings) in _SHAPES.items():
+        if host == name or host.endswith(f".{name}"):
+            return header == wanted and key.startswith(beginnings)
+    return True

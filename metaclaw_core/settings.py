@@ -198,8 +198,10 @@ def _file_layer() -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} can't be read: {e}") from e
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read ({e.strerror}): make it yours, or name another folder with METACLAW_HOME.") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not UTF-8 text: {e}.") from e
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as e:
@@ -282,7 +284,8 @@ def _explain(err: Any, source: Mapping[tuple[str, ...], str]) -> str:
     key = ".".join(path)
     where = next((source[path[:n]] for n in range(len(path), 0, -1) if path[:n] in source), "the settings")
     if err["type"] == "extra_forbidden":
-        return f"{key} is not a known setting (from {where}).{_nearest(key, {'.'.join(p): p for p in leaves()})}"
+        remedy = f" `metaclaw config {key} --unset` takes it out." if where == str(config_file()) else ""
+        return f"{key} is not a known setting (from {where}).{_nearest(key, {'.'.join(p): p for p in leaves()})}{remedy}"
     value = "***" if is_secret(path) else repr(err["input"])
     return f"{key} = {value} is not allowed (from {where}): {err['msg']}."
 

@@ -47,6 +47,7 @@ class Script:
     status: int = 200
     cut_after: int | None = None  # close the connection after this many events
     headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes | None = None  # this body as JSON, with this status, instead of an answer of the dialect
 
 
 class ScriptedLLM:
@@ -82,9 +83,11 @@ class ScriptedLLM:
         self._ready.set()
         self._loop.run_forever()
         server.close()
-        for task in asyncio.all_tasks(self._loop):
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0))  # closed connections say so one round later
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -112,6 +115,9 @@ class ScriptedLLM:
     async def _reply(self, connection: h11.Connection, writer: asyncio.StreamWriter, received: Received) -> bool:
         script = self._answer(received)
         dialect, stream = dialect_of(received)
+        if script.raw is not None:
+            await asyncio.sleep(script.first_after)
+            return await _whole(connection, writer, script, script.raw, "application/json")
         if script.status != 200:
             body = json.dumps({"error": {"message": "scripted", "type": "scripted_error", "code": str(script.status)}}).encode()
             return await _whole(connection, writer, script, body, "application/json")

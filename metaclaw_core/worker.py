@@ -15,21 +15,28 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from metaclaw_core import jobs
-from metaclaw_core.errors import MetaClawError
-from metaclaw_core.settings import home, load_settings, private_dir
+from metaclaw_core.errors import ConfigError, MetaClawError, WireError
+from metaclaw_core.learn.credentials import Callers
+from metaclaw_core.learn.evolve import Evolver
+from metaclaw_core.settings import Settings, home, load_settings, private_dir
 from metaclaw_core.store.db import open_store
+from metaclaw_core.store.rollouts import Store
+from metaclaw_core.wire.jsonio import loads_object
 
 logger = logging.getLogger("metaclaw.worker")
 
 INGEST_SECONDS = 2.0
 INDEX_SECONDS = 1.0
+EVOLVE_SECONDS = 10.0
+SKILLS_SECONDS = 300.0
+_MAX_LINE = 1 << 20
 
 
 async def serve(*, follow_stdin: bool) -> None:
@@ -42,7 +49,9 @@ async def serve(*, follow_stdin: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
-    follower = asyncio.ensure_future(_until_stdin_closes(stop)) if follow_stdin else None
+    callers = Callers(store, settings.proxy.hosts, enabled=settings.llm.use_caller_credentials)
+    follower = asyncio.ensure_future(_until_stdin_closes(stop, callers.take)) if follow_stdin else None
+    evolver = _evolver(store, settings, callers)
 
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns of each tick that finds a job still running
     scheduler = AsyncIOScheduler(event_loop=loop)
@@ -62,6 +71,9 @@ async def serve(*, follow_stdin: bool) -> None:
 
     every(INDEX_SECONDS, "index", lambda: jobs.refresh_index(settings, here))
     every(INGEST_SECONDS, "ingest", lambda: jobs.ingest(store, here))
+    if evolver is not None:
+        every(EVOLVE_SECONDS, "evolve", lambda: jobs.evolve(evolver))
+    every(SKILLS_SECONDS, "skills", lambda: jobs.look_after_skills(store, settings))
     scheduler.start()
     try:
         await stop.wait()
@@ -69,6 +81,8 @@ async def serve(*, follow_stdin: bool) -> None:
         scheduler.shutdown(wait=False)
         if follower is not None:
             follower.cancel()
+        if evolver is not None:
+            await evolver.aclose()
         await _logged("ingest", lambda: jobs.ingest(store, here))
         store.close()
 
@@ -86,11 +100,29 @@ async def _logged(name: str, job: Callable[[], Awaitable[Any]]) -> None:
         logger.warning("%s: %s", name, problem)
 
 
-async def _until_stdin_closes(stop: asyncio.Event) -> None:
-    reader = asyncio.StreamReader()
+def _evolver(store: Store, settings: Settings, callers: Callers) -> Evolver | None:
+    if not settings.skills.auto_evolve:
+        return None
+    try:
+        return Evolver(store, settings, callers=callers)
+    except ConfigError as e:
+        logger.warning("No skills are written: %s", e)
+        return None
+
+
+async def _until_stdin_closes(stop: asyncio.Event, take: Callable[[Mapping[str, Any]], object]) -> None:
+    """Hand each JSON object on stdin to `take`. A line may hold a key: it is never logged."""
+    reader = asyncio.StreamReader(limit=_MAX_LINE)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.read(65536):
-        pass
+    while True:
+        try:
+            line = await reader.readline()
+        except ValueError:  # longer than the limit; what follows is read on
+            continue
+        if not line:
+            break
+        with contextlib.suppress(WireError):
+            take(loads_object(line, "line on stdin"))
     stop.set()
 
 

@@ -250,11 +250,19 @@ def _joined(messages: list[Spoken]) -> Spoken:
 
 def _speaker(spoken: Spoken) -> Kind:
     text = spoken.text
-    if text.startswith(_FROM_SESSION) or _FROM_SESSION_TAIL.search(text):
+    if text.startswith(_FROM_SESSION) or _ends_with(text, "[Inter-session message] ", _FROM_SESSION_TAIL):
         return Kind.ANNOUNCE
-    if _MACHINE_STAMPED.match(text) or (not spoken.stamped and (_MACHINE.match(text) or _MACHINE_TAIL.search(text))):
+    if _MACHINE_STAMPED.match(text):
+        return Kind.HEARTBEAT
+    if not spoken.stamped and (_MACHINE.match(text) or _ends_with(text, "\nCurrent time: ", _MACHINE_TAIL)):
         return Kind.HEARTBEAT
     return Kind.MAIN
+
+
+def _ends_with(text: str, start: str, tail: re.Pattern[str]) -> bool:
+    """Does `text` end with `tail`, which begins with `start`? A pasted text can be large, so no regex searches it."""
+    at = text.rfind(start)
+    return at >= 0 and tail.match(text, at) is not None
 
 
 def _addressed(opening: _Said, messages: tuple[Message, ...]) -> Kind:

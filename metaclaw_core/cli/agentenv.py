@@ -29,6 +29,7 @@ from metaclaw_core.settings import Settings, private_dir
 from metaclaw_core.skills.files import write_atomic
 
 _REPLACING = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO")
+_REPLACING_WHERE_SET = ("AWS_CA_BUNDLE", "PIP_CERT", "CARGO_HTTP_CAINFO", "DENO_CERT", "NIX_SSL_CERT_FILE")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 # Where systems keep the bundle, beside what Python's own OpenSSL was built for.
@@ -63,11 +64,16 @@ def agent_env(environment: Mapping[str, str], settings: Settings, home: Path, po
             "metaclaw start --set mode=upstream:URL."
         )
     bundle = str(_bundle(home, _ca_files(environment), ca))
-    variables |= dict.fromkeys(_REPLACING, bundle)
+    variables |= dict.fromkeys((*_REPLACING, *filter(environment.get, _REPLACING_WHERE_SET)), bundle)
     own = Path(environment.get("NODE_EXTRA_CA_CERTS") or "/nonexistent")
     variables["NODE_EXTRA_CA_CERTS"] = str(_bundle(home, [own], ca) if own.is_file() else ca)
     if not hosts & set(_LOOPBACK):
         variables["OPENCLAW_PROXY_URL"] = url
+    elif "ollama.com" in hosts:
+        notes.append(
+            "OpenClaw sends ollama.com past this proxy: OPENCLAW_PROXY_URL would change that, but then its LLMs on this "
+            f"machine go past. To have it the other way round set OPENCLAW_PROXY_URL={url} yourself."
+        )
     no_proxy = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
     kept, dropped = split_no_proxy(no_proxy, {*PROVIDERS, *hosts})
     if dropped:
@@ -104,7 +110,7 @@ def _no_credentials(url: str) -> str:
 
 def _ca_files(environment: Mapping[str, str]) -> list[Path]:
     """What the program trusts now, as files."""
-    named = [Path(environment[name]) for name in _REPLACING if environment.get(name)]
+    named = [Path(environment[name]) for name in (*_REPLACING, *_REPLACING_WHERE_SET) if environment.get(name)]
     if environment.get("SSL_CERT_FILE"):
         return named
     defaults = ssl.get_default_verify_paths()

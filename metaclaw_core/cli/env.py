@@ -27,12 +27,16 @@ def command(shell: str | None) -> None:
 
     settings, environment = load_settings(), current_environment()
     live = next((found for found in live_proxies(home()) if found.port), None)
+    port = live.port if live and live.port else settings.proxy.port
+    if live is not None and live.status is not None:
+        ca = Path(live.status["ca"])
+    else:
+        ca = confdir() / CERTIFICATE
+        if not ca.is_file():
+            ensure_ca(confdir())
+    found = agent_env(environment, settings, home(), port, ca)
     if live is None:
         click.echo("metaclaw: no proxy runs here yet: metaclaw start --detach", err=True)
-    port = live.port if live and live.port else settings.proxy.port
-    folder = confdir()
-    ca = folder / CERTIFICATE
-    found = agent_env(environment, settings, home(), port, ca if ca.is_file() else ensure_ca(folder))
     for note in found.notes:
         click.echo(f"metaclaw: {note}", err=True)
     if shell is None:

@@ -8,7 +8,9 @@ and keeps its traceback.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -30,7 +32,9 @@ _COMMANDS = {
     "turns": ("turns:command", "List recorded exchanges."),
     "sessions": ("sessions:command", "List recorded sessions."),
     "import": ("import_:command", "Record captured flows (mitmproxy files or HAR)."),
+    "judge": ("judge:command", "Examine the judge that scores turns."),
     "store": ("store:command", "Check the store."),
+    "evolve": ("evolve:command", "Write skills from what was said, now."),
     "worker": ("worker:command", "Run the background jobs by hand."),
 }
 
@@ -80,3 +84,22 @@ def main() -> None:
     except BrokenPipeError:  # `metaclaw turns | head`
         sys.stderr.close()
         sys.exit(0)
+    except OSError as e:
+        if not _in_our_home(e):
+            raise
+        click.echo(
+            f"metaclaw: {e.filename} can't be used ({e.strerror}): make it yours, or name another folder with METACLAW_HOME.",
+            err=True,
+        )
+        sys.exit(1)
+
+
+def _in_our_home(error: OSError) -> bool:
+    """Whether a file of ours is in the way (read-only, another user's, no room): the user can mend that."""
+    from metaclaw_core.settings import home
+
+    return isinstance(error.filename, str | os.PathLike) and str(home()) in (name := os.fspath(error.filename), *map(str, Path(name).parents))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 
 TINKER_CLOUD = "https://tinker.thinkingmachines.dev/services/tinker-prod"
-LOCAL_ENGINE = "http://127.0.0.1:8765"
+LOCAL_ENGINE = "http://127.0.0.1:8300"  # `metaclaw engine` without --port
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ signal that is sent to us alone is passed on. Our exit status is the child's, 12
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,11 @@ def command(words: tuple[str, ...]) -> None:
     """
     from metaclaw_core.cli.stop import end
     from metaclaw_core.proxy import detach
+
+    if shutil.which(words[0]) is None:  # before a proxy is started for nothing
+        exists = Path(words[0]).exists()
+        click.echo(f"metaclaw: {words[0]} {'is not executable' if exists else 'is no command that can be found'}.", err=True)
+        sys.exit(126 if exists else 127)
 
     live = next((found for found in detach.live_proxies(home()) if found.port), None)
     started = live is None
@@ -94,13 +100,10 @@ def _child(words: tuple[str, ...], environment: AgentEnv) -> int:
         else:
             process.send_signal(number)  # does nothing where the child has ended
 
-    for number in _FORWARDED:
-        signal.signal(number, forward)
+    for known in _FORWARDED:
+        signal.signal(known, forward)
     try:
         process = subprocess.Popen(words, env=environment.over(current_environment()))  # noqa: S603 - what the user typed
-    except FileNotFoundError:
-        click.echo(f"metaclaw: there is no command {words[0]!r}.", err=True)
-        return 127
     except OSError as e:
         click.echo(f"metaclaw: {words[0]} can't be run: {e.strerror}.", err=True)
         return 126

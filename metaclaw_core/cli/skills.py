@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from metaclaw_core.errors import SkillError
 from metaclaw_core.settings import Settings, home, load_settings, skills_settings
 from metaclaw_core.skills.library import Library, open_library
 from metaclaw_core.skills.skill import Skill, Status, parse, validate
+
+if TYPE_CHECKING:
+    from metaclaw_core.learn.counters import Figures
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON, one object a line.")
 
@@ -32,12 +36,14 @@ def list_(everything: bool, as_json: bool) -> None:
     """List the skills that can be injected."""
     scan = _library().scan()
     skills = [*scan.skills, *scan.candidates] if everything else list(scan.usable)
+    used = _figures()
     if as_json:
         for skill in skills:
-            json_line(_described(skill))
+            json_line(_described(skill) | _counted(used.get(skill.name)))
     else:
-        rows = ((s.name, s.status, s.category or "-", s.description) for s in skills)
-        table(["name", "status", "category", "description"], rows, empty="There is no skill.", wide=("description",))
+        rows = ((s.name, s.status, s.category or "-", *_cells(used.get(s.name)), s.description) for s in skills)
+        heads = ["name", "status", "category", "turns", "sessions", "score with", "without", "description"]
+        table(heads, rows, empty="There is no skill.", wide=("description",))
     for problem in scan.problems:
         click.echo(f"skipped: {problem.path}: {problem.reason}", err=True)
 
@@ -122,6 +128,70 @@ def archive(name: str) -> None:
     click.echo(f"{name} is archived (generation {generation}).")
 
 
+@command.command("review")
+@_JSON
+def review(as_json: bool) -> None:
+    """List what waits for you: candidates, and what was quarantined, each with the reason."""
+    scan = _library().scan()
+    waiting = [*scan.candidates, *(s for s in scan.skills if s.status is Status.QUARANTINED)]
+    reasons = _reasons()
+    if as_json:
+        for skill in waiting:
+            json_line({**_described(skill), "body": skill.body, "reasons": reasons.get(skill.content_hash, [])})
+        return
+    rows = ((s.name, s.status, s.description, "; ".join(reasons.get(s.content_hash, [])) or "-") for s in waiting)
+    table(["name", "status", "description", "why"], rows, empty="Nothing waits for review.", wide=("description", "why"))
+    if waiting:
+        click.echo("metaclaw skills show|diff NAME, then approve NAME or reject NAME.")
+
+
+@command.command("approve")
+@click.argument("name")
+@click.option("--quarantined", is_flag=True, help="Also one that looks like an attack.")
+def approve(name: str, quarantined: bool) -> None:
+    """Put a candidate into use. Where it refines a skill it takes its place; rollback undoes it."""
+    library = _library()
+    candidate = library.get(name, Status.CANDIDATE)
+    if candidate is None and library.get(name, Status.QUARANTINED) is not None and not quarantined:
+        raise SkillError(f"{name!r} is quarantined; read it (metaclaw skills show {name}) and approve it with --quarantined.")
+    if candidate is None and not (quarantined and library.get(name, Status.QUARANTINED) is not None):
+        raise SkillError(f"There is no candidate {name!r}; see `metaclaw skills review`.")
+    generation = library.set_status(name, Status.ACTIVE, note=f"{name}: approved")
+    click.echo(f"{name} is in use (generation {generation}).")
+
+
+@command.command("reject")
+@click.argument("name")
+def reject(name: str) -> None:
+    """Take a candidate or a quarantined skill away; the same lesson does not come back."""
+    library = _library()
+    if library.get(name, Status.CANDIDATE) is not None:
+        generation = library.reject(name, note=f"{name}: rejected")
+    elif library.get(name, Status.QUARANTINED) is not None:
+        generation = library.archive(name, note=f"{name}: rejected")
+    else:
+        raise SkillError(f"{name!r} is neither a candidate nor quarantined; see `metaclaw skills review`.")
+    click.echo(f"{name} is rejected (generation {generation}).")
+
+
+@command.command("diff")
+@click.argument("name")
+def diff(name: str) -> None:
+    """What a candidate would change, or what is in it where it is new."""
+    import difflib
+
+    from metaclaw_core.skills.skill import render
+
+    library = _library()
+    new = library.get(name, Status.CANDIDATE) or library.get(name, Status.QUARANTINED)
+    if new is None:
+        raise SkillError(f"There is no candidate {name!r}; see `metaclaw skills review`.")
+    old = next((s for s in library.scan().usable if s.name == name), None)
+    before = render(old).splitlines() if old is not None else []
+    lines = difflib.unified_diff(before, render(new).splitlines(), f"{name} (in use)", f"{name} ({new.status})", lineterm="")
+    click.echo("\n".join(lines) or "They are the same.")
+
+
 @command.command("rollback")
 @click.argument("generation", type=int, required=False)
 @_JSON
@@ -159,3 +229,45 @@ def _described(skill: Skill) -> dict[str, object]:
         "triggers": list(skill.triggers),
         "path": str(skill.source) if skill.source else None,
     }
+
+
+def _figures() -> dict[str, Figures]:
+    """How the skills do, as far as the store knows; a listing works without one."""
+    from metaclaw_core.cli.output import opened_store
+    from metaclaw_core.learn.counters import count_uses, figures
+
+    if not load_settings().store.url and not (home() / "store.db").exists():
+        return {}
+    with opened_store(drain=False) as store:
+        count_uses(store)
+        return figures(store)
+
+
+def _counted(found: Figures | None) -> dict[str, object]:
+    from dataclasses import asdict
+
+    names = ("turns", "sessions", "last_used", "score_with", "score_without")
+    return {"injected": asdict(found) if found is not None else dict.fromkeys(names)}
+
+
+def _cells(found: Figures | None) -> tuple[str, str, str, str]:
+    def score(value: float | None) -> str:
+        return "-" if value is None else f"{value:+.2f}"
+
+    if found is None:
+        return "-", "-", "-", "-"
+    return str(found.turns), str(found.sessions), score(found.score_with), score(found.score_without)
+
+
+def _reasons() -> dict[str, list[str]]:
+    """Content hash of what the evolver wrote → why it is not in use."""
+    from sqlalchemy import select
+
+    from metaclaw_core.cli.output import opened_store
+    from metaclaw_core.store.tables import segments
+
+    if not load_settings().store.url and not (home() / "store.db").exists():
+        return {}
+    with opened_store(drain=False) as store, store.reading() as db:
+        edits = [edit for row in db.scalars(select(segments.c.edits).where(segments.c.edits.is_not(None))) for edit in row]
+    return {e["skill"]["provenance"]["digest"]: e["reasons"] for e in edits if e.get("skill") and e["status"] != "active"}

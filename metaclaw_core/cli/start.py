@@ -32,7 +32,8 @@ def command(port: int | None, mode: str | None, sets: tuple[str, ...], lean: boo
     """Run the proxy on 127.0.0.1 until it is interrupted, or with --detach in the background."""
     options = StartOptions(port=port, mode=mode, lean=lean, sets=sets)
     check_sets(sets)
-    wanted = port or load_settings().proxy.port
+    configured = load_settings().proxy.port  # here, so that what is wrong in them is said before anything starts
+    wanted = port or configured
     from metaclaw_core.proxy import detach as processes
 
     running = processes.live_proxies(home())

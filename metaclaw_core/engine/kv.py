@@ -44,11 +44,13 @@ class Row:
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.used = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -56,9 +58,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         start, self.used = self.used, self.used + key_states.shape[2]
-        if self.keys is None or self.used > self.keys.shape[2]:
-            self.keys = _grown(self.keys, key_states, start, self.used + ROOM)
-            self.values = _grown(self.values, value_states, start, self.used + ROOM)
+        if not self.is_initialized or self.used > self.keys.shape[2]:
+            self.keys = _grown(self.keys if start else None, key_states, start, self.used + ROOM)
+            self.values = _grown(self.values if start else None, value_states, start, self.used + ROOM)
             self.is_initialized = True
         self.keys[:, :, start : self.used] = key_states
         self.values[:, :, start : self.used] = value_states
@@ -76,10 +78,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length  # its name in older transformers
 
 
-class Cache(TransformersCache):  # type: ignore[misc]
+class Cache(TransformersCache):
     """The rows of one batch; `starts[i]` is the first column of row i that is no padding."""
 
-    layers: list[_Layer]
+    layers: list[_Layer]  # type: ignore[assignment]
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[_Layer() for _ in range(layers)])

@@ -30,7 +30,7 @@ _LOGITS_AT_ONCE = 2**27  # elements of one block of logits: 512 MB in float32
 
 class BaseModel:
     name: str
-    """What clients call it."""
+    """What clients call it: by default the hub id or the full path, from which the SDK can load the tokenizer."""
     path: str
     """Where it and its tokenizer were loaded from; clients load the tokenizer from here."""
     max_context: int
@@ -48,7 +48,7 @@ class BaseModel:
         self.dtype = _dtype(dtype, self.device)
         local = Path(path).expanduser()
         self.path = str(local.resolve()) if local.is_dir() else path
-        self.name = name or (local.resolve().name if local.is_dir() else path)
+        self.name = name or self.path
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
             model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype)

@@ -85,7 +85,7 @@ class Sampled:
 
 
 type Top = tuple[NDArray[np.int32], NDArray[np.float32]]
-type Listener = Callable[[Sampled], None]
+type Listener = Callable[[Sampled | Exception], None]
 
 
 class Batch:
@@ -130,11 +130,11 @@ class Batch:
             chosen = self._choose(self.base.logits(states[:, -1]), [sequence for sequence, _, _ in self._running])
             self._next = chosen[:, None]
             if any(sequence.stop_reason for sequence, _, _ in self._running):
-                self._part()
+                self._part(self._cache)
 
-    def fail(self) -> list[tuple[Sampled, Listener]]:
+    def fail(self) -> list[Listener]:
         """Drop everything; who was waiting."""
-        waiting = {id(sampled): (sampled, listener) for _, sampled, listener in self._running}
+        waiting = {id(sampled): listener for _, sampled, listener in self._running}
         self._running, self._cache, self._next = [], None, torch.empty(0, 1, dtype=torch.int64)
         return list(waiting.values())
 
@@ -142,15 +142,14 @@ class Batch:
         """Forget a request whose client is gone."""
         self._leave([i for i, (_, _, other) in enumerate(self._running) if other is not listener])
 
-    def _part(self) -> None:
+    def _part(self, cache: Cache) -> None:
         """Let the ended rows go: keep what they know, tell their listeners, rebuild the batch without them."""
-        assert self._cache is not None
         staying, told = [], {}
         for i, (sequence, sampled, listener) in enumerate(self._running):
             if not sequence.stop_reason:
                 staying.append(i)
                 continue
-            row = self._cache.row(i)
+            row = cache.row(i)
             tokens = np.concatenate([sampled.request.prompt, np.asarray(sequence.tokens[:-1], dtype=np.int32)])
             self._prefixes.keep(self.weights, tokens, row)
             if sampled.done:
@@ -193,7 +192,7 @@ class Batch:
 
     def _top_of_prompt(self, states: Tensor, k: int) -> Top:
         ids, values = [], []
-        for block in states.split(256):
+        for block in torch.split(states, 256):
             best = self.base.logits(block).log_softmax(-1).topk(k)
             ids.append(best.indices.cpu().numpy().astype(np.int32))
             values.append(best.values.cpu().numpy())

@@ -135,18 +135,18 @@ async def get_info(engine: Engine, request: Request) -> Response:
 
 async def create_sampling_session(engine: Engine, request: Request) -> Response:
     wanted = protocol.parse(protocol.CreateSamplingSession, await request.body())
-    sampler_id = engine.create_sampling_session(wanted)
+    sampler_id = await engine.create_sampling_session(wanted)
     return JSONResponse({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
 
 
 async def get_sampler(engine: Engine, request: Request) -> Response:
     sampler_id = request.path_params["sampler_id"]
     sampler = engine.sampler(sampler_id)
-    return JSONResponse({"sampler_id": sampler_id, "base_model": engine.base.path, "model_path": sampler.model_path})
+    return JSONResponse({"sampler_id": sampler_id, "base_model": _loadable(engine.base.name), "model_path": sampler.model_path})
 
 
 async def sample(engine: Engine, request: Request) -> Response:
-    request_id, sequence_ids = engine.sample(protocol.parse(protocol.Sample, await request.body()))
+    request_id, sequence_ids = await engine.sample(protocol.parse(protocol.Sample, await request.body()))
     return JSONResponse({"request_id": request_id, "sample_sequence_ids": sequence_ids})
 
 
@@ -257,6 +257,11 @@ def _page(request: Request, limit: int) -> tuple[int, int]:
         raise EngineError("offset and limit must be whole numbers.") from e
 
 
+def _loadable(name: str) -> str:
+    # The SDK loads the tokenizer from this, and takes a path with exactly two slashes for org/model/variant.
+    return f"{name}/" if name.startswith("/") and name.count("/") == 2 else name
+
+
 def _promise(request_id: str) -> Response:
     return JSONResponse({"request_id": request_id})
 
@@ -310,8 +315,10 @@ def create_app(make: Callable[[], Engine], api_key: str) -> Starlette:
         return Route(path, endpoint, methods=[method])
 
     async def refuse(request: Request, error: Exception) -> Response:
-        assert isinstance(error, EngineError)
-        return JSONResponse({"detail": str(error)}, error.status)
+        if not isinstance(error, EngineError):
+            raise error
+        body = oai.error_body(error) if request.url.path.startswith("/oai/") else {"detail": str(error)}
+        return JSONResponse(body, error.status)
 
     async def unknown(request: Request, error: Exception) -> Response:
         return JSONResponse({"detail": f"The engine doesn't serve {request.method} {request.url.path}."}, 404)

@@ -75,6 +75,7 @@ class Engine:
         self._models: dict[str, Model] = {}
         self._samplers: dict[str, Sampler] = {}
         self._loaded: dict[str, tuple[float, Adapter]] = {}  # path → (created, adapter); least recently used first
+        self._loading = asyncio.Lock()
         self._running: dict[str, Callable[[Sampled | Exception], None]] = {}
         self._loop = asyncio.get_running_loop()
         self.worker.start()
@@ -121,12 +122,12 @@ class Engine:
     def create_model(self, request: protocol.CreateModel) -> str:
         self._check_base(request.base_model)
         _check_optimizer(request.optimizer_config)
-        session = self._session(request.session_id)
+        self._session(request.session_id)
         model_id = f"{request.session_id}:train:{request.model_seq_id}"
         config = LoraConfig(**(request.lora_config or protocol.CreateModel.Lora()).model_dump())
 
         def work() -> Reply:
-            self._adopt(session, model_id, self.base.lora.new(config, self.base.device), request.user_metadata)
+            self._adopt(model_id, self.base.lora.new(config, self.base.device), request.user_metadata)
             return protocol.json_reply({"model_id": model_id, "type": "create_model"})
 
         return self._submit(f"{model_id}:create", work)
@@ -141,25 +142,25 @@ class Engine:
             raise EngineError(f"{request.path} holds weights for sampling; training goes on from …/weights/… only.")
         self.checkpoints.get(place)
         if request.session_id is not None and request.model_seq_id is not None:
-            session = self._session(request.session_id)
-            model_id, request_id = f"{request.session_id}:train:{request.model_seq_id}", "create"
+            self._session(request.session_id)
+            model_id, suffix = f"{request.session_id}:train:{request.model_seq_id}", "create"
         elif request.model_id is not None:
-            session = self._session(self.model(request.model_id) and request.model_id.partition(":")[0])
-            model_id, request_id = request.model_id, str(request.seq_id)
+            self.model(request.model_id)
+            model_id, suffix = request.model_id, str(request.seq_id)
         else:
             raise EngineError("load_weights needs session_id and model_seq_id, or model_id.")
 
         def work() -> Reply:
             checkpoint, tensors = self._load(place)
             adapter = self.base.lora.adopt(checkpoint.about.lora, tensors)
-            model = self._adopt(session, model_id, adapter, request.user_metadata)
+            model = self._adopt(model_id, adapter, request.user_metadata)
             if request.optimizer:
                 if not checkpoint.about.has_optimizer:
                     raise EngineError(f"{place.path} was saved before the first optim_step: it has no optimizer state.")
                 model.trainee.restore_optimizer(tensors)
             return protocol.json_reply({"path": request.path, "model_id": model_id, "type": "load_weights"})
 
-        return self._submit(f"{model_id}:{request_id}", work)
+        return self._submit(f"{model_id}:{suffix}", work)
 
     def forward_backward(self, body: bytes) -> str:
         request = protocol.parse_training(body)
@@ -199,7 +200,7 @@ class Engine:
             if request.path is not None:
                 place = self._save(request, "sampler_weights", trainee, {})
                 return protocol.json_reply({"path": place.path, "type": "save_weights_for_sampler"})
-            session_id = request.model_id.partition(":")[0]
+            session_id = _owner(request.model_id)
             sampler_id = f"{session_id}:sample:{request.sampling_session_seq_id}"
             self._open_sampler(session_id, sampler_id, Sampler(trainee.adapter.snapshot(self.base.dtype), None))
             return protocol.json_reply({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
@@ -211,17 +212,16 @@ class Engine:
         model = self._models.get(model_id)
         if model is None:
             raise NotFoundError(f"The model {model_id} is not in training here; resume it from a saved state.")
-        if session := self._sessions.get(model_id.partition(":")[0]):
-            session.last_seen = self._clock()
+        self._session(_owner(model_id))
         return model
 
     def live_models(self) -> Mapping[str, Model]:
-        return self._models
+        return dict(self._models)
 
     # Samplers
 
-    def create_sampling_session(self, request: protocol.CreateSamplingSession) -> str:
-        sampler = Sampler(self.adapter_of(request.model_path, request.base_model), request.model_path)
+    async def create_sampling_session(self, request: protocol.CreateSamplingSession) -> str:
+        sampler = Sampler(await self.adapter_of(request.model_path, request.base_model), request.model_path)
         sampler_id = f"{request.session_id}:sample:{request.sampling_session_seq_id}"
         self._open_sampler(request.session_id, sampler_id, sampler)
         return sampler_id
@@ -232,13 +232,13 @@ class Engine:
             raise NotFoundError(f"The sampling session {sampler_id} is not known here, or its session has ended.")
         return sampler
 
-    def sample(self, request: protocol.Sample) -> tuple[str, list[str]]:
+    async def sample(self, request: protocol.Sample) -> tuple[str, list[str]]:
         """The request's id and the ids of its sequences."""
         if request.sampling_session_id is not None:
             adapter = self.sampler(request.sampling_session_id).adapter
             request_id = self._request_id(request.sampling_session_id, request.seq_id)
         else:
-            adapter = self.adapter_of(request.model_path, request.base_model)
+            adapter = await self.adapter_of(request.model_path, request.base_model)
             request_id = str(uuid.uuid4())
         for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
             if getattr(request, name):
@@ -291,23 +291,28 @@ class Engine:
             top_sampled=min(request.topk_sample_logprobs, self.base.vocab_size),
         )
 
-    def adapter_of(self, model_path: str | None, base_model: str | None) -> Adapter | None:
+    async def adapter_of(self, model_path: str | None, base_model: str | None) -> Adapter | None:
         """The weights of a checkpoint path, or None for the base model. Raises NotFoundError, EngineError."""
         if model_path is None:
             self._check_base(base_model)
             return None
         place = Place.parse(model_path)
-        created = self.checkpoints.get(place).about.created
-        found = self._loaded.pop(model_path, None)
-        if found is None or found[0] != created:
-            checkpoint, tensors = self._load(place)
-            found = created, self.base.lora.adopt(checkpoint.about.lora, tensors).snapshot(self.base.dtype)
-        self._loaded[model_path] = found
-        if len(self._loaded) > ADAPTERS_CACHED:
-            self._loaded.pop(next(iter(self._loaded)))
-        return found[1]
+        async with self._loading:
+            created = self.checkpoints.get(place).about.created
+            found = self._loaded.pop(model_path, None)
+            if found is None or found[0] != created:
+                # Not on the worker: a reader need not wait for a training call.
+                found = created, await asyncio.to_thread(self._load_for_sampling, place)
+            self._loaded[model_path] = found
+            if len(self._loaded) > ADAPTERS_CACHED:
+                self._loaded.pop(next(iter(self._loaded)))
+            return found[1]
 
     # Shared
+
+    def _load_for_sampling(self, place: Place) -> Adapter:
+        checkpoint, tensors = self._load(place)
+        return self.base.lora.adopt(checkpoint.about.lora, tensors).snapshot(self.base.dtype)
 
     def _open_sampler(self, session_id: str, sampler_id: str, sampler: Sampler) -> None:
         self._session(session_id).samplers.add(sampler_id)
@@ -316,8 +321,8 @@ class Engine:
     def _is_loaded(self, adapter: Adapter) -> bool:
         return any(loaded is adapter for _, loaded in self._loaded.values())
 
-    def _adopt(self, session: Session, model_id: str, adapter: Adapter, metadata: Mapping[str, Any] | None) -> Model:
-        session.models.add(model_id)
+    def _adopt(self, model_id: str, adapter: Adapter, metadata: Mapping[str, Any] | None) -> Model:
+        self._session(_owner(model_id)).models.add(model_id)
         model = self._models[model_id] = Model(Trainee(self.base, adapter), self._clock(), metadata)
         return model
 
@@ -364,6 +369,11 @@ class Engine:
             self.futures.resolve(request_id, reply)
 
         self._loop.call_soon_threadsafe(on_loop)
+
+
+def _owner(model_id: str) -> str:
+    """The session of a model."""
+    return model_id.partition(":")[0]
 
 
 def _check_optimizer(config: Mapping[str, Any] | None) -> None:

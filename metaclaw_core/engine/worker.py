@@ -136,7 +136,7 @@ class Worker:
                 batch.step()
             except Exception as e:  # noqa: BLE001 - handed to whoever asked
                 failure = self._explain(e)
-                for _, answer in batch.fail():
+                for answer in batch.fail():
                     answer(failure)
             if not len(batch):
                 del self._batches[key]

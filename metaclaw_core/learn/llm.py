@@ -21,7 +21,6 @@ is recognised only by itself, from ``x-metaclaw: off``.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import ssl
 import time
@@ -38,7 +37,7 @@ import stamina
 from metaclaw_core import __version__
 from metaclaw_core.errors import MetaClawError, WireError
 from metaclaw_core.learn.budget import Budget, BudgetExhausted, Reservation, estimate_tokens
-from metaclaw_core.learn.endpoint import Endpoint
+from metaclaw_core.learn.endpoint import Endpoint, forbidden_address, parse_ip
 from metaclaw_core.model import Json
 from metaclaw_core.redact import redact_text
 from metaclaw_core.wire.jsonio import dumps, loads_object
@@ -234,8 +233,8 @@ class LLMClient:
         stream = info["return_value"]
         address, port = stream.get_extra_info("server_addr")[:2]
         ours = stream.get_extra_info("client_addr")[0]
-        problem = _forbidden(address)
-        if problem is None and port in self._own_ports and (_is_loopback(address) or address == ours):
+        problem = forbidden_address(address)
+        if problem is None and port in self._own_ports and (parse_ip(address).is_loopback or address == ours):
             problem = "MetaClaw's own proxy (proxy.port)"
         if problem is not None:
             await stream.aclose()
@@ -380,27 +379,3 @@ def _text_of(blocks: list[Any]) -> str:
 def _count(value: Any) -> int | None:
     """A token count; nonsense is unknown."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
-
-
-_METADATA = frozenset(
-    ipaddress.ip_address(a) for a in ("100.100.100.200", "192.0.0.192", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
-)
-
-
-def _forbidden(address: str) -> str | None:
-    """Why nothing is ever sent to this address; None: it may be. Loopback and private networks may."""
-    ip = _ip(address)
-    if ip.is_link_local or ip in _METADATA:
-        return "at a link-local or cloud metadata address"
-    if ip.is_unspecified or ip.is_multicast:
-        return "at no address of a server"
-    return None
-
-
-def _is_loopback(address: str) -> bool:
-    return _ip(address).is_loopback
-
-
-def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip

@@ -288,9 +288,8 @@ class _Run:
             raise StoreError("it has no answer")
         with self.store.reading() as connection:
             after = next_state(connection, row, answer)
-            had = dict(
-                connection.execute(select(votes.c.number, votes.c.score).where(votes.c.turn == row["id"])).tuples().all()
-            )
+            given = connection.execute(select(votes.c.number, votes.c.score).where(votes.c.turn == row["id"])).all()
+            had = {vote.number: vote.score for vote in given}
             instruction = row["user_text"] or _instruction(connection, row)
             earlier = None
             if instruction is not None and len(instruction) <= _SHORT_INSTRUCTION:

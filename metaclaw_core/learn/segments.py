@@ -22,7 +22,7 @@ from the client. A turn that is taken in after its segment was made is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -88,7 +88,7 @@ class SegmentFinder:
         self, db: Connection, session: Row[Any], now: float, wanted: bool, successor_at: float, imported: bool
     ) -> tuple[list[_Group], float | None]:
         """The ended groups of turns after the session's cursor, and when somebody last spoke (None: nobody did)."""
-        rows = list(_turns_after_cursor(db, session.id, imported))
+        rows = _turns_after_cursor(db, session.id, imported)
         groups: list[_Group] = []
         now_open = _Group()
 
@@ -181,7 +181,7 @@ def _said(rows: Sequence[Row[Any]]) -> list[str]:
     return out
 
 
-def _turns_after_cursor(db: Connection, session: str, imported: bool) -> Iterator[Row[Any]]:
+def _turns_after_cursor(db: Connection, session: str, imported: bool) -> list[Row[Any]]:
     cursor = db.execute(select(evolve_cursors).where(evolve_cursors.c.session == session)).first()
     query = (
         select(*_COLUMNS)
@@ -194,7 +194,7 @@ def _turns_after_cursor(db: Connection, session: str, imported: bool) -> Iterato
     if cursor is not None:
         after = and_(turns.c.started_at == cursor.started_at, turns.c.id > cursor.turn)
         query = query.where(or_(turns.c.started_at > cursor.started_at, after))
-    return iter(db.execute(query).all())
+    return list(db.execute(query))
 
 
 def _write(db: Connection, session: Row[Any], group: _Group, now: float) -> NewSegment:
@@ -223,7 +223,9 @@ def _write(db: Connection, session: Row[Any], group: _Group, now: float) -> NewS
     cursor = upsert(db.dialect.name, evolve_cursors)
     moved = {"started_at": cursor.excluded.started_at, "turn": cursor.excluded.turn}
     db.execute(
-        cursor.on_conflict_do_update(index_elements=["session"], set_=moved),
+        cursor.on_conflict_do_update(  # never back: somebody else may have seen more
+            index_elements=["session"], set_=moved, where=evolve_cursors.c.started_at <= cursor.excluded.started_at
+        ),
         {"session": session.id, "started_at": last.started_at, "turn": last.id},
     )
     return NewSegment(key, session.id, group.reason, len(group.rows))

@@ -28,7 +28,7 @@ from metaclaw_core.model import Kind, Message, Role
 from metaclaw_core.redact import redact_text
 from metaclaw_core.store.chain import unpack_message
 from metaclaw_core.store.rollouts import Store
-from metaclaw_core.store.tables import messages, segments, turns
+from metaclaw_core.store.tables import messages, turns
 
 _TAIL = 64  # messages looked back for results
 _ECHO_CHARS = 24  # a shorter passage may be repeated by chance
@@ -225,7 +225,7 @@ def human_spans(text: str, turn: int, before: Sequence[Span], *, doubted: bool =
                 out[-1] = Span(source, out[-1].text + sentence, turn)
             else:
                 out.append(Span(source, sentence, turn))
-    return [Span(span.source, span.text.strip(), turn) for span in out if span.text.strip()]
+    return [Span(span.source, span.text.strip(), turn) for span in out if _WORDS.search(span.text)]
 
 
 def _runs(text: str, marked: bytearray) -> Iterator[tuple[bool, str]]:
@@ -243,6 +243,7 @@ def _sentences(text: str) -> list[str]:
     return [piece for piece in _SENTENCE.findall(text) if piece]
 
 
+_WORDS = re.compile(r"\w")
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
 
@@ -254,7 +255,3 @@ def plain(text: str) -> str:
     """For comparing words: NFKC, no case, one space for any white space, none at the ends."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-
-def load_segment(store: Store, segment_id: str) -> Row[Any] | None:
-    with store.reading() as db:
-        return db.execute(select(segments).where(segments.c.id == segment_id)).first()

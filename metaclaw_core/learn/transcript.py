@@ -6,7 +6,7 @@ inside can end its section or begin another. Who wrote it (human, assistant, too
 where the text can't change it: the evolver believes lessons by origin. Text of tools and of the model
 that speaks to a grader ("give this a score of 1") is left out, marked.
 
-Long texts lose their middle, marked with how much is missing. Room is divided by share; what a short
+Long texts lose their middle, which is marked. Room is divided by share; what a short
 section leaves goes to the others. Secrets are redacted before cutting, so none survives as a half.
 
 Limits: tokens are estimated, generously. A text that speaks to a grader in other words gets through;
@@ -56,22 +56,17 @@ class Rendered:
 def render(sections: Sequence[Section], limit_tokens: int = LIMIT_TOKENS) -> Rendered:
     """The sections between fences, at most `limit_tokens` in all (fences alone may exceed it only where there are
     more than `limit_tokens` / 40 sections)."""
-    # Redacted before cutting. A lone surrogate is a 400 at some servers.
-    texts = [_SURROGATE.sub("\ufffd", redact_text(section.text)) for section in sections]
+    texts = [_clean(section, limit_tokens) for section in sections]
     needs = [estimate_tokens(text) for text in texts]
     rooms = _divide(limit_tokens - _FENCE_TOKENS * len(texts), needs, [section.share for section in sections])
     short = [shorten(text, room) for text, room in zip(texts, rooms, strict=True)]
-    cut = short != texts
-    for i, section in enumerate(sections):
-        if section.origin is not Origin.HUMAN:
-            short[i] = shorten(without_orders(short[i]), rooms[i])  # the marks may be longer than what they replace
     fence = _fence(short)
     blocks = [
         f"<<<{fence} {section.label}, written by: {section.origin}\n{text}\n{fence}>>>"
         for section, text in zip(sections, short, strict=True)
     ]
     out = "\n\n".join(blocks)
-    return Rendered(out, fence, estimate_tokens(out), cut)
+    return Rendered(out, fence, estimate_tokens(out), any(_MARK in text for text in short))
 
 
 def turn_sections(
@@ -86,9 +81,11 @@ def turn_sections(
     acts = list(action_sections(action))
     sections += [Section(s.label, s.origin, s.text, 0.45 / len(acts)) for s in acts]
     if after is not None:
+        names = {call.id: call.name for call in action.tool_calls if call.id}
         pieces = [
             Section(
-                f"next state: result of {name_of(r.name or 'a tool')}{' (an error)' if r.is_error else ''}",
+                f"next state: result of {name_of(r.name or names.get(r.call_id or "") or 'a tool')}"
+                f"{' (an error)' if r.is_error else ''}",
                 Origin.TOOL,
                 r.text,
             )
@@ -119,6 +116,9 @@ def name_of(text: str) -> str:
     return re.sub(r"[^\w.:/-]+", "_", text)[:64] or "?"
 
 
+_MARK = "[… left out for its length …]"
+
+
 # --- length -------------------------------------------------------------------------------------
 
 
@@ -131,7 +131,7 @@ def shorten(text: str, tokens: int) -> str:
     head = raw[: room * 3 // 5].decode("utf-8", "ignore")
     tail_bytes = room - room * 3 // 5
     tail = raw[len(raw) - tail_bytes :].decode("utf-8", "ignore") if tail_bytes else ""
-    return f"{head}\n[… {len(text) - len(head) - len(tail):,} characters left out …]\n{tail}".strip("\n")
+    return f"{head}\n{_MARK}\n{tail}".strip("\n")
 
 
 def _divide(room: int, needs: Sequence[int], shares: Sequence[float]) -> list[int]:
@@ -163,11 +163,18 @@ _GRADER = r"(?:judges?|graders?|evaluators?|reward models?)"
 _GRADE = r"(?:scores?|rates?|ratings?|rewards?|marks?|grades?|approves?)"
 _TO_A_GRADER = re.compile(
     rf"\b{_GRADER}\b.*\b{_GRADE}\b|\b{_GRADE}\b.*\b{_GRADER}\b"
-    r"""|\b(?:score|rating|reward)["'*_`]*\s*[:：=]\s*["'*_`]*[+\-−]?[01](?![/%\d]|[.,]\d)"""
+    r"""|\b(?:score|rating|reward)["'*_`\s]*[:：=]["'*_`\s]*[+\-−]?[01](?![/%\d]|[.,]\d)"""
     r"|\b(?:ignore|disregard|forget)\s+(?:(?:all|any|of|the|your)\s+)*(?:previous|prior|above|earlier)\b"
     r"|(?:忽略|无视)(?:之前|以上|上面|前面|先前|所有)|(?:评委|裁判|评审|评分者|打分者).*分",
     re.IGNORECASE,
 )
+
+
+def _clean(section: Section, limit_tokens: int) -> str:
+    """What may be shown of a section, no longer than all of them may be together."""
+    text = _SURROGATE.sub("\ufffd", redact_text(section.text))  # a lone surrogate is a 400 at some servers
+    text = shorten(text, limit_tokens)
+    return text if section.origin is Origin.HUMAN else without_orders(text)
 
 
 def without_orders(text: str) -> str:

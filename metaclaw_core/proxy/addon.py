@@ -129,6 +129,8 @@ class MetaClaw:
         changed, self.settings = settings != self.settings, settings
         if self._runtime is not None:
             self._runtime.settings = settings
+            if not _lends_keys(settings):
+                self._runtime.callers.forget()
         if changed and self._service is not None:
             self._service.renew_children(options.environment(ctx.options))
 
@@ -321,6 +323,16 @@ class MetaClaw:
         )
         self._runtime.spool.put(exchange if problem is None else replace(exchange, complete=False, error=problem))
         self._runtime.counters["exchanges"] += 1
+        self._lend(flow, flight, self._runtime)
+
+    def _lend(self, flow: http.HTTPFlow, flight: Flight, current: Runtime) -> None:
+        """Tell the worker of an API key that worked, or of one that was refused."""
+        if self.settings is None or self._service is None or not _lends_keys(self.settings):
+            return
+        hosts = self.settings.proxy.hosts
+        line = current.callers.seen(flow, flight.dialect.name, flight.principal, flight.identity, hosts)
+        if line is not None:
+            self._service.tell_worker(line)
 
     def failed(self, hook: str) -> None:
         """Count a failure of ours and log the first one of each hook with its traceback, as a warning:
@@ -359,6 +371,13 @@ class MetaClaw:
         """Read the configuration and the skill index again."""
         if self._service is not None:
             self._service.reload_now()
+
+
+def _lends_keys(settings: Settings) -> bool:
+    """Only where skills are written and no LLM is configured for it."""
+    llm = settings.llm
+    named = llm.api_key or llm.api_base or llm.provider == "ollama" or settings.rl.evolver_api_base
+    return llm.use_caller_credentials and settings.skills.auto_evolve and not named
 
 
 def _assign(request: http.Request, body: bytes) -> None:

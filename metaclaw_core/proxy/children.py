@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,15 @@ SETTLED_SECONDS = 60.0
 class Child:
     """`run` keeps one process alive until `stop`."""
 
-    def __init__(self, module: str, home: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        """`environment`: variables on top of the proxy's own."""
+    def __init__(
+        self,
+        module: str,
+        home: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        greeting: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
+    ) -> None:
+        """`environment`: variables on top of the proxy's own. `greeting`: what each new process is sent first."""
         self.name = module.rpartition(".")[2]
         self.restarts = 0
         self.last_exit: int | None = None
@@ -41,6 +49,7 @@ class Child:
         self._command = [sys.executable, "-P", "-m", module, *arguments]
         self._home = home
         self._environment = dict(environment or {})
+        self._greeting = greeting
         self._renewing = False
         self._process: Process | None = None
         self._stopping = False
@@ -66,6 +75,14 @@ class Child:
             self._process.stdin.close()
         if self._task is not None and self._process is None:
             self._task.cancel()
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        """One JSON line on the child's stdin; False: there is no child now (the next one is greeted). Never logged."""
+        pipe = self._process.stdin if self.pid is not None and self._process is not None else None
+        if pipe is None or pipe.is_closing():
+            return False
+        pipe.write(json.dumps(dict(message)).encode() + b"\n")
+        return True
 
     def renew(self, environment: Mapping[str, str]) -> None:
         """Let the child end and start again at once, with these variables."""
@@ -114,6 +131,8 @@ class Child:
             )
         finally:
             os.close(descriptor)
+        for message in self._greeting():
+            self.send(message)
         if self._stopping and self._process.stdin is not None:  # stopped while it was being started
             self._process.stdin.close()
         return await self._process.wait()

@@ -179,7 +179,7 @@ def _open_log(home: Path) -> int:
                 file.replace(file.with_suffix(".log.1"))
         return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as e:
-        raise ConfigError(f"{file} can't be written ({e.strerror}): make {home} yours, or name another folder with METACLAW_HOME.") from e
+        raise ConfigError(f"{file} can't be written ({e.strerror}): make it yours, or name another folder with METACLAW_HOME.") from e
 
 
 def _said(home: Path, begin: int) -> str:

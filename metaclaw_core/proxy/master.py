@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
-from mitmproxy import exceptions, options
+from mitmproxy import exceptions, options, optmanager
 from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, script, tlsconfig
 from mitmproxy.master import Master
 from mitmproxy.proxy import mode_specs
@@ -33,9 +33,9 @@ from metaclaw_core.errors import ConfigError, MetaClawError
 from metaclaw_core.proxy import hosts
 from metaclaw_core.proxy.addon import addons_for_script
 from metaclaw_core.proxy.ca import confdir, ensure_ca
-from metaclaw_core.proxy.options import PREFIX, layer
+from metaclaw_core.proxy.options import OPTIONS, PREFIX, layer
 from metaclaw_core.proxy.startoptions import StartOptions, check_sets, written_down
-from metaclaw_core.settings import Settings, home, load_settings, private_dir, skills_settings
+from metaclaw_core.settings import Settings, home, load_settings, nest, private_dir, skills_settings, typed
 
 
 def run(chosen: StartOptions) -> None:
@@ -93,6 +93,9 @@ def _configure(master: Master, chosen: StartOptions) -> Settings:
         ours.append(f"{PREFIX}mode={chosen.mode}")
     if chosen.port is not None:
         ours.append(f"{PREFIX}proxy_port={chosen.port}")
+    # Before mitmproxy hears of them: it would log what is wrong with a value once more for each try.
+    given = [(OPTIONS[name], value) for name, _, value in (item.partition("=") for item in ours) if name in OPTIONS]
+    load_settings(*(nest(path, typed(path, value)) for path, value in given))
     _set(master, ours)
     settings = load_settings(layer(master.options))
     _check_skills(settings)
@@ -123,9 +126,13 @@ def _set(master: Master, items: Iterable[str]) -> None:
     for name in dict.fromkeys(item.partition("=")[0] for item in items):
         if name not in master.options:
             raise ConfigError(_unknown(name, list(master.options.keys())))
+        given = [item for item in items if item.partition("=")[0] == name]
+        choices = optmanager.dump_dicts(master.options, [name])[name]["choices"]
+        if choices and (bad := [item for item in given if item.partition("=")[2] not in choices]):
+            raise ConfigError(f"--set {bad[0]} is not allowed: {' or '.join(choices)}.")
         try:
             # All values of a name at once: an option that is a list takes them together.
-            master.options.set(*(item for item in items if item.partition("=")[0] == name))
+            master.options.set(*given)
         except exceptions.OptionsError as e:
             raise ConfigError(f"--set {name}: {str(e).removeprefix('metaclaw: ')}") from e
 

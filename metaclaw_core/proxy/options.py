@@ -64,8 +64,8 @@ def unknown(options: Options) -> list[str]:
     sentences = []
     for name, value in options.deferred.items():
         if name.startswith(PREFIX):
-            close = difflib.get_close_matches(name, OPTIONS, n=1)
+            close = difflib.get_close_matches(name.removeprefix(PREFIX), [n.removeprefix(PREFIX) for n in OPTIONS], n=1)
             given = " ".join(getattr(value, "val", [value]))
-            hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(sorted(OPTIONS))}."
+            hint = f"Did you mean {PREFIX}{close[0]}?" if close else f"There are {', '.join(sorted(OPTIONS))}."
             sentences.append(f"{name}={given} is not a known option. {hint}")
     return sentences

@@ -21,6 +21,7 @@ from mitmproxy import http
 from metaclaw_core.agents.base import Identity
 from metaclaw_core.model import Hints, Injection
 from metaclaw_core.proxy.capture import principal_key
+from metaclaw_core.proxy.credentials import CallerKeys
 from metaclaw_core.proxy.sessions import Sessions
 from metaclaw_core.proxy.spool import Spool
 from metaclaw_core.proxy.tee import Tee
@@ -53,6 +54,7 @@ class Runtime:
     key: bytes
     watcher: IndexWatcher
     settings: Settings | None = None  # the last that were in use
+    callers: CallerKeys = field(default_factory=CallerKeys)
     flights: dict[str, Flight] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     started_at: float = field(default_factory=time.time)

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mitmproxy import ctx
@@ -43,7 +44,17 @@ class Service:
         self._addon = addon
         self._watcher = runtime.watcher
         self._children = (
-            [Child("metaclaw_core.worker", runtime.home, "--follow-stdin", environment=environment)] if worker else []
+            [
+                Child(
+                    "metaclaw_core.worker",
+                    runtime.home,
+                    "--follow-stdin",
+                    environment=environment,
+                    greeting=runtime.callers.lines,
+                )
+            ]
+            if worker
+            else []
         )
         self._stopped = False
         self._first = Index()
@@ -91,6 +102,11 @@ class Service:
         for child in self._children:
             child.renew(environment)
 
+    def tell_worker(self, message: Mapping[str, Any]) -> None:
+        for child in self._children:
+            if child.name == "worker":
+                child.send(message)
+
     def stop(self) -> None:
         self._stopped = True
         if self._poll is not None:
@@ -121,6 +137,7 @@ class Service:
             "version": __version__,
             "pid": os.getpid(),
             "listen": [f"{host}:{port}" for host, port, *_ in _addresses()],
+            "ca": str(Path(ctx.options.confdir).expanduser() / "mitmproxy-ca-cert.pem"),
             "mode": self._addon.settings.mode if self._addon.settings else None,
             "uptime_s": round(time.time() - runtime.started_at, 1),
             "bypass": runtime.bypass,

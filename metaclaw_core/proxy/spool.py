@@ -14,6 +14,7 @@ holds up no other. The agent's traffic is never touched by any of this. Bodies a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -38,9 +39,11 @@ _ROW_BYTES = 2048  # what a queued row holds beside its bodies, roughly
 class Spool:
     """`put` from the event loop; everything else happens in the thread."""
 
-    def __init__(self, path: Path, sessions_path: Path) -> None:
+    def __init__(self, path: Path, sessions_path: Path, *, max_bytes: int = MAX_QUEUED_BYTES) -> None:
+        """`max_bytes`: what may wait in memory while the disk refuses."""
         self.path = path
         self._sessions_path = sessions_path
+        self._max_bytes = max_bytes
         self.dropped = 0  # exchanges lost: the disk refused them for too long, or they could not be written at all
         self.written = 0
         self.last_error: str | None = None
@@ -63,7 +66,7 @@ class Spool:
         """Queue one exchange; returns at once."""
         size = _size(exchange)
         with self._lock:
-            if self._queued_bytes + size > MAX_QUEUED_BYTES and self._rows:
+            if self._queued_bytes + size > self._max_bytes and self._rows:
                 self.dropped += 1
                 if self.dropped == 1:
                     logger.warning(
@@ -114,6 +117,8 @@ class Spool:
 
     def _run(self) -> None:
         failures = 0
+        with contextlib.suppress(SpoolError):  # the first exchange says so, and tries again
+            self._writer = SpoolWriter(self.path)  # now, since making a file takes longer than a commit
         while True:
             self._wake.wait()
             self._full.wait(GROUP_SECONDS)  # gather a group

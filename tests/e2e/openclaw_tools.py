@@ -98,6 +98,10 @@ class Pair:
         assert removed[0] == self.sent.body
         return removed[1]
 
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.sent.json().get("tools"))
+
     def in_session(self, name: str) -> bool:
         return b"session=agent:main:%s |" % name.encode() in self.sent.body
 
@@ -322,13 +326,10 @@ class Stage:
 
     def pairs(self, start: int = 0) -> list[Pair]:
         """Chats from the `start`-th on in the order in which the LLM received them, each with what the client sent."""
-        before = {message.trace: message for message in self.sent()}
         got = [message for message in list(self.llm.received)[start:] if message.dialect != "other"]
+        before = {message.trace: message for message in self.sent()}
         assert all(message.trace for message in got)
         return [Pair(before[message.trace], message) for message in got]
-
-    def chats(self, start: int = 0) -> int:
-        return sum(message.dialect != "other" for message in list(self.llm.received)[start:])
 
     def wait_for(self, what: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -390,7 +391,12 @@ class Telegram:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exc_info()[1], OSError):  # the gateway ended while it was being answered
+                    super().handle_error(request, client_address)
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.settings = {
             "enabled": True,

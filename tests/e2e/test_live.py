@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from e2e_tools import ROOT, SCRIPT, environment, free_port, running_proxy
@@ -323,7 +325,7 @@ def test_a_session_keeps_its_block_through_tool_loops_and_restarts_and_appends_t
             if n % 2:
                 control(proxy, "flush")
                 proxy.process.kill()
-    assert all(later.startswith(earlier) for earlier, later in zip(blocks, blocks[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(blocks))
     assert len(set(blocks)) == 3
 
 
@@ -427,7 +429,7 @@ def test_a_stream_that_the_end_of_the_proxy_cuts_off_is_recorded_as_cut(tmp_path
 class Oddities(ScriptedLLM):
     """Answers byte for byte what is scripted by the model's name."""
 
-    ANSWERS = {
+    ANSWERS: ClassVar = {
         "401": b"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nContent-Length: 23\r\nX-Odd: 1\r\n\r\n"
         b'{"error":{"code":"401"}',
         "429": b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 2\r\nContent-Length: 2\r\n\r\n{}",

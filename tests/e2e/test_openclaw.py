@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
@@ -30,11 +30,14 @@ READ = 'TOOL:read {"path":"notes.txt"} END'
 READ_BY_CODE = 'TOOL:exec {"code":"text(await read({path:\\"notes.txt\\"}))"} END'
 SPAWN = 'TOOL:tool_call {"id":"sessions_spawn","args":{"task":"Write a polite email to the customer."}} END'
 SPAWN_BY_CODE = 'TOOL:exec {"code":"text(await sessions_spawn({task:\\"Write a polite email to the customer.\\"}))"} END'
+SECTIONS = ("Decisions", "Open TODOs", "Constraints/Rules", "Pending user asks", "Exact identifiers")
 BY_ITSELF = ("Follow the heartbeat monitor", "A background task completed")
 
 
-def machine_turns_use_a_tool(kit: ModuleType, turns: list[Any], body: dict[str, Any]) -> Any:
-    """What OpenClaw starts by itself carries no directive; here the model reads a file, so that it has a tool loop."""
+def beyond_directives(kit: ModuleType, turns: list[Any], body: dict[str, Any]) -> Any:
+    """What OpenClaw starts by itself carries no directive: a summary has the sections it asks for, other turns use a tool."""
+    if not body.get("tools"):
+        return kit.Reply("\n\n".join(f"## {section}\nNone." for section in SECTIONS))
     new = list(takewhile(lambda turn: turn.role != "model", reversed(turns)))
     if any(turn.role == "tool" for turn in new) or not any(mark in turn.text for turn in new for mark in BY_ITSELF):
         return None
@@ -57,23 +60,32 @@ def stage(tmp_path_factory: pytest.TempPathFactory, telegram: Telegram) -> Itera
         config["plugins"] = {"entries": {"telegram": {"enabled": True}}}
 
     folder = tmp_path_factory.mktemp("openclaw")
-    with RecordingLLM(machine_turns_use_a_tool) as llm, Stage(folder, llm, with_telegram) as stage:
+    with RecordingLLM(beyond_directives) as llm, Stage(folder, llm, with_telegram) as stage:
         yield stage
 
 
 class Watch:
-    """The chats that came since it was made."""
+    """The turns that came since it was made. A chat without tools is a compaction, and these come when they like."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._start = stage, len(stage.llm.received)
 
-    def __call__(self, *kinds: str, session: str | None = None) -> list[Pair]:
-        """Waits for as many as there are kinds. With `session`, only the pairs of it are returned."""
-        self._stage.wait_for(lambda: self._stage.chats(self._start) >= len(kinds))
-        pairs = self._stage.pairs(self._start)
+    def all(self) -> list[Pair]:
+        return self._stage.pairs(self._start)
+
+    def turns(self) -> list[Pair]:
+        return [pair for pair in self.all() if pair.has_tools]
+
+    def wait(self, n: int) -> None:
+        self._stage.wait_for(lambda: len(self.turns()) >= n)
+
+    def __call__(self, *kinds: str) -> list[Pair]:
+        """Exactly as many as there are kinds; the store is asked for these at the end."""
+        self.wait(len(kinds))
+        pairs = self.turns()
         assert [pair.got.answered for pair in pairs[len(kinds) :]] == []
         self._stage.kinds += kinds
-        return [pair for pair in pairs if session is None or pair.in_session(session)]
+        return pairs
 
 
 def blocks(pairs: Iterable[Pair]) -> list[str | None]:
@@ -153,7 +165,7 @@ def heartbeat(stage: Stage, model: str) -> list[Pair]:
     watch = Watch(stage)
     stage.post(REBASE, model, "main")
     stage.call("wake", mode="now", text="The build is red. How do I fix a failing test?")
-    stage.wait_for(lambda: len(stage.pairs(watch._start)) >= 3)
+    watch.wait(3)
     stage.post("And now?", model, "main")
     return watch("main", "heartbeat", "heartbeat", "main")
 
@@ -173,7 +185,7 @@ def test_a_subagent_gets_its_own_block_and_its_announcement_none(stage: Stage, m
     stage.call("sessions.patch", key=f"agent:main:{name}", model=model)
     watch = Watch(stage)
     stage.post(f"{REBASE} {spawn}", model, name)
-    stage.wait_for(lambda: len(stage.pairs(watch._start)) >= 5)
+    watch.wait(5)
     stage.post("And now?", model, name)
     pairs = watch("main", "tool", "subagent", "announce", "announce", "main")
     parent = [pair for pair in pairs if pair.in_session(name)]
@@ -192,36 +204,58 @@ def test_a_subagent_gets_its_own_block_and_its_announcement_none(stage: Stage, m
 
 
 def test_a_compaction_gets_nothing_and_the_turn_after_it_chooses_anew(stage: Stage):
-    watch, filler = Watch(stage), " lorem ipsum dolor sit amet" * 800
-    turns = 0
-    while stage.pairs(watch._start)[-1:] == [] or stage.pairs(watch._start)[-1].sent.json().get("tools"):
-        turns += 1
-        assert turns < 12, "it never compacted"
-        stage.post(f"{REBASE}{filler}", "example/small-1", "long")
-        if any(not pair.sent.json().get("tools") for pair in stage.pairs(watch._start)):
-            break
-    stage.post(SLOW, "example/small-1", "long")
-    pairs = stage.pairs(watch._start)
-    print([(len(p.sent.body), p.block and len(p.block), p.got.answered[:30]) for p in pairs])
+    watch, model = Watch(stage), "example/small-1"
+    text = REBASE + " Here is the file:" + " lorem ipsum dolor sit amet" * 800
+    while watch.turns() == watch.all():
+        assert len(watch.all()) < 12, "the history was never compacted"
+        stage.post(text, model, "small")
+    stage.post(SLOW, model, "small")
+    turns = watch(*["main"] * len(watch.turns()))
+    compactions = [pair for pair in watch.all() if not pair.has_tools]
+    for pair in compactions:
+        assert pair.sent.json()["messages"][0]["content"].startswith("You are a context summarization assistant.")
+    assert set(blocks(compactions)) == {None}
+    before, after = turns[0].block, turns[-1].block
+    assert set(blocks(turns[:-1])) == {before}
+    assert b"compacted into the following summary" in turns[-1].sent.body
+    assert before is not None
+    assert after is not None
+    assert "### git-rebase-conflicts" in before
+    assert "### sql-slow-query" in after
+    assert "git-rebase-conflicts" not in after
 
 
 # --- the cost -------------------------------------------------------------------------------------
 
 
-def cached_tokens(bodies: Iterable[bytes]) -> int:
-    """What a provider's prefix cache serves of a session's chat completions.
+def cached_tokens(bodies: Iterable[bytes], added: Iterable[str | None]) -> tuple[int, int]:
+    """What a provider's prefix cache serves of a session's chat completions: all of it, and the client's own part.
 
     Of each prompt, in the order in which a model reads it (tools, then messages), the longest beginning that an
     earlier prompt had too; four bytes to a token, in whole blocks of 128 tokens.
     """
     seen: list[bytes] = []
-    total = 0
-    for body in bodies:
+    total = own = 0
+    for body, block in zip(bodies, added, strict=True):
         request = json.loads(body)
         prompt = json.dumps([request["tools"], request["messages"]]).encode()
-        total += max((common_prefix(prompt, other) for other in seen), default=0) // 4 // 128 * 128
+        escaped = json.dumps(block or "")[1:-1].encode()
+        at = prompt.index(escaped)
+        cached = max((common_prefix(prompt, other) for other in seen), default=0)
+        total += cached // 4 // 128 * 128
+        own += (cached - max(0, min(cached - at, len(escaped)))) // 4 // 128 * 128
         seen.append(prompt)
-    return total
+    return total, own
+
+
+def test_the_accounting_finds_what_is_repeated_and_leaves_out_what_we_added():
+    def body(*messages: str) -> bytes:
+        return json.dumps({"tools": [], "messages": list(messages)}).encode()
+
+    a, b, ours = "a" * 2048, "b" * 2048, "x" * 1024
+    assert cached_tokens([body(a), body(a, b), body(a, b)], [None] * 3) == (512 + 1024, 512 + 1024)
+    assert cached_tokens([body(b, a), body(a, b)], [None] * 2) == (0, 0)
+    assert cached_tokens([body(a + ours), body(a + ours, b), body(a + ours, b)], [ours] * 3) == (768 + 1280, 512 + 1024)
 
 
 def conversation(stage: Stage, session: str) -> None:
@@ -234,22 +268,124 @@ def conversation(stage: Stage, session: str) -> None:
 KINDS_OF_CONVERSATION = (*["main"] * 5, "tool") * 6
 
 
-def test_thirty_turns_with_two_changes_of_subject_keep_the_prompt_cache(stage: Stage, record_property):
+def test_thirty_turns_with_two_changes_of_subject_keep_the_prompt_cache(
+    stage: Stage, record_property: Callable[[str, object], None]
+):
     watch = Watch(stage)
     conversation(stage, "with")
-    print([(p.got.answered[:25], len(p.sent.body), p.block and len(p.block)) for p in stage.pairs(watch._start)])
     pairs = watch(*KINDS_OF_CONVERSATION)
-    chosen = list(dict.fromkeys(blocks(pairs)))
-    print(len(chosen))
+    chosen = blocks(pairs)
+    first, second, third = dict.fromkeys(chosen)
+    assert (chosen[:12], chosen[12:24], chosen[24:]) == ([first] * 12, [second] * 12, [third] * 12)
+    end = "\n</metaclaw-skills>"
+    assert second is not None
+    assert third is not None
+    assert first is not None
+    assert second.startswith(first.removesuffix(end))  # it only grows at its end
+    assert third.startswith(second.removesuffix(end))
+
     stage.stop_proxy()
     stage.start_proxy(addon=False)
-    start = len(stage.llm.received)
+    watch = Watch(stage)
     conversation(stage, "without")
-    plain = stage.pairs(start)
-    assert set(blocks(plain)) == {None}
-    assert len(plain) == len(pairs)
+    plain = watch.turns()
+    assert blocks(plain) == [None] * 36
     stage.stop_proxy()
     stage.start_proxy()
-    mine, theirs = cached_tokens(pair.got.body for pair in pairs), cached_tokens(pair.got.body for pair in plain)
-    twin = cached_tokens(pair.sent.body for pair in pairs)
-    print(f"cached tokens: {mine:,} with the addon, {theirs:,} without ({mine / theirs:.2%}); {mine / twin:.2%} of what was sent")
+    watch = Watch(stage)
+    stage.post(f"{REBASE} Once more.", CHAT, "with")
+    assert blocks(watch("main")) == [third]  # the new proxy goes on where the old one was
+
+    bare, _ = cached_tokens((pair.got.body for pair in plain), [None] * 36)
+    total, own = cached_tokens((pair.got.body for pair in pairs), chosen)
+    print(f"cached tokens: {bare:,} without the addon, {total:,} with it ({total / bare:.1%}), {own:,} of the client's own ({own / bare:.1%})")
+    record_property("cached_tokens_ratio", round(own / bare, 4))
+    assert own / bare >= 0.95
+
+
+def test_a_heartbeat_whose_history_is_at_the_provider_gets_nothing_in_its_tool_loop_either(stage: Stage):
+    """OpenClaw starts two of them at least 30 s apart, therefore not beside the other one."""
+    first, beat, loop, last = heartbeat(stage, RESPONSES)
+    assert b"Follow the heartbeat monitor" in beat.got.body
+    assert [item["type"] for item in loop.got.json()["input"]] == ["function_call_output"]
+    assert loop.got.json()["previous_response_id"]
+    assert blocks([beat, loop]) == [None, None]
+    assert first.block is not None
+    assert last.block == first.block
+
+
+# --- what all of it left behind -------------------------------------------------------------------
+
+
+EXPECTED = {"agent": "openclaw", "state": "captured", "status_code": 200, "error": None, "live": True, "retry": False}
+
+
+@pytest.fixture
+def after_all(stage: Stage) -> Stage:
+    """The stage, with at least one turn played."""
+    if not stage.kinds:
+        watch = Watch(stage)
+        stage.post(REBASE, CHAT, "only")
+        watch("main")
+    return stage
+
+
+def command(stage: Stage, tool: str, *arguments: str) -> str:
+    line = [str(Path(sys.executable).with_name(tool)), *arguments]
+    done = subprocess.run(line, env=environment(stage.home), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def recorded(stage: Stage) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in command(stage, "metaclaw", "turns", "--json").splitlines()]
+
+
+def compactions(stage: Stage) -> list[Pair]:
+    return [pair for pair in stage.pairs() if not pair.has_tools]
+
+
+def test_openclaws_own_state_never_holds_the_block(after_all: Stage):
+    files = [path for user in ("user", "other") for path in (after_all.folder / user).rglob("*") if path.is_file()]
+    marked = [path for path in files if MARK in path.read_bytes()]
+    assert marked == []
+    assert [path for path in files if b"git rebase conflict" in path.read_bytes()]  # what was said is found that way
+
+
+def test_what_is_no_turn_passes_as_it_is(after_all: Stage):
+    sent = Counter((message.method, message.path, message.body) for message in after_all.sent())
+    other = Counter((m.method, m.path, m.body) for m in after_all.llm.received if m.dialect == "other")
+    assert other <= sent
+    assert {pair.block for pair in compactions(after_all)} <= {None}
+
+
+def test_the_store_has_every_exchange_once_and_in_the_humans_words(after_all: Stage):
+    kinds = Counter(after_all.kinds) + Counter({"compaction": len(compactions(after_all))})
+    after_all.wait_for(lambda: len(recorded(after_all)) >= kinds.total())
+    rows = recorded(after_all)
+    assert Counter(row["kind"] for row in rows) == kinds
+    assert len({row["flow_id"] for row in rows}) == len(rows)
+    for row in rows:
+        state = {name: row[name] for name in ("agent", "state", "status_code", "error", "live", "retry")}
+        assert state == EXPECTED, row
+        if row["kind"] in ("main", "tool"):
+            assert row["user_text"] in after_all.said
+            assert row["injected"]
+        elif row["kind"] == "subagent":
+            assert row["user_text"] == "Write a polite email to the customer."
+            assert row["injected"] == ["write-email"]
+        else:
+            assert (row["user_text"], row["injected"]) == (None, None)
+
+
+def test_a_capture_of_the_same_traffic_adds_nothing_to_the_store(after_all: Stage):
+    after_all.stop_proxy()
+    rows = len(recorded(after_all))
+    har = after_all.folder / "flows.har"
+    command(after_all, "mitmdump", "-nr", str(after_all.flows), "--set", f"hardump={har}")
+    for capture in (after_all.flows, har):
+        report = json.loads(command(after_all, "metaclaw", "import", "--json", str(capture)))
+        assert (report["new"], report["known"], report["failed"]) == (0, rows, 0)
+    assert len(recorded(after_all)) == rows
+    assert json.loads(command(after_all, "metaclaw", "store", "verify", "--json"))["problems"] == []
+    after_all.start_proxy()
