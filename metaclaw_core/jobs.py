@@ -21,6 +21,9 @@ from metaclaw_core.store.rollouts import Store
 if TYPE_CHECKING:
     from metaclaw_core.learn.counters import LifeReport
     from metaclaw_core.learn.evolve import Evolver, EvolveReport
+    from metaclaw_core.learn.health import CheckReport
+    from metaclaw_core.learn.llm import LLMClient
+    from metaclaw_core.learn.scoring import ScoreReport
 
 
 async def ingest(store: Store, home: Path) -> DrainReport:
@@ -69,6 +72,38 @@ async def evolve(evolver: Evolver) -> EvolveReport | None:
 
     try:
         return await evolver.run()
+    except JobBusy:
+        return None
+
+
+async def score(store: Store, settings: Settings, judge: LLMClient | None) -> ScoreReport | None:
+    """Judge what is ready. None: no judge is configured, or another process is at it."""
+    from metaclaw_core.learn.runs import JobBusy, job_lease, recorded
+    from metaclaw_core.learn.scoring import score as score_turns
+
+    if judge is None:
+        return None
+    try:
+        async with job_lease(store, "score"):
+            return await recorded(
+                store, "score", lambda: score_turns(store, settings, judge), worth=lambda r: bool(r.scored or r.skipped or r.problems)
+            )
+    except JobBusy:
+        return None
+
+
+async def examine_judge(store: Store, settings: Settings, judge: LLMClient | None, *, at_start: bool) -> CheckReport | None:
+    """Put the judge to the golden set where that is due. None: as for `score`."""
+    from metaclaw_core.learn.health import check_judge
+    from metaclaw_core.learn.runs import JobBusy, job_lease, recorded
+
+    if judge is None:
+        return None
+    try:
+        async with job_lease(store, "judge"):
+            return await recorded(
+                store, "judge", lambda: check_judge(store, settings, judge, at_start=at_start), worth=lambda r: r.checked
+            )
     except JobBusy:
         return None
 

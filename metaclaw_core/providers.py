@@ -77,7 +77,8 @@ _SHAPES = {  # where a provider's API keys have a known shape, nothing else is o
     "openrouter.ai": ("authorization", ("sk-or-",)),
 }
 _NO_API_KEY = re.compile(  # logins and short-lived tokens
-    r"sk-ant-(?:oat|ort|sid)|ya29\.|eyJ|gh[a-z]_|github_pat_|tid=|(?:AKIA|ASIA)[A-Z0-9]{12}|sess-|AWS4|oauth|xox", re.IGNORECASE
+    r"sk-ant-(?:oat|ort|sid)|ya29\.|eyJ|gh[a-z]_|github_pat_|tid=|(?:AKIA|ASIA)[A-Z0-9]{12}|sess-|AWS4|oauth|xox",
+    re.IGNORECASE,
 )
 _KEY = re.compile(r"[!-~]{8,512}")
 _JWT = re.compile(r"[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}")

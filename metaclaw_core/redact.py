@@ -13,9 +13,11 @@ two events is seen only after assembly, so assembled texts are redacted again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import OrderedDict
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote
+
+from metaclaw_core.prefix import Known
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,42 @@ def redact(data: bytes) -> tuple[bytes, int]:
     return b"".join(out), count
 
 
+class Redactor:
+    """`redact` for a stream of bodies that repeat each other, as an agent's requests do.
+
+    It remembers large bodies in which nothing was found, by the keys they came with, and searches only what differs
+    from the last one of a key, with a margin on both sides. A shape that is longer than the margin and reaches from the
+    known part into the new one is seen only if its anchor lies in the margin; of the shapes only a private key and a
+    token of many kilobytes can be that long, and a message is sent whole. Not for several threads.
+    """
+
+    _MARGIN = 4 * 1024
+    _KEPT_BYTES = 16 << 20
+
+    def __init__(self) -> None:
+        self._clean: OrderedDict[str, Known] = OrderedDict()  # least recently used first
+
+    def redact(self, data: bytes, *keys: str) -> tuple[bytes, int]:
+        """The same answer as `redact`. `keys` say which bodies are alike, the nearest first (a turn, then its caller)."""
+        if len(data) < 4 * self._MARGIN:
+            return redact(data)
+        start, end = 0, len(data)
+        known = next((self._clean[key] for key in keys if key in self._clean), None)
+        if known is not None:
+            prefix = known.common_prefix(data)
+            suffix = known.common_suffix(data, min(len(data), len(known.body)) - prefix)
+            start, end = max(0, prefix - self._MARGIN), min(len(data), len(data) - suffix + self._MARGIN)
+        if redact(data[start:end])[1]:
+            return redact(data)
+        remembered = Known(data)
+        for key in keys:
+            self._clean[key] = remembered
+            self._clean.move_to_end(key)
+        while len(self._clean) > 2 and sum(len(k.body) for k in set(self._clean.values())) > self._KEPT_BYTES:
+            self._clean.popitem(last=False)
+        return data, 0
+
+
 def redact_text(text: str) -> str:
     """The same for text; lone surrogates survive."""
     raw = text.encode("utf-8", "surrogatepass")
@@ -104,11 +142,19 @@ _SECRET_PARAMETER = re.compile(r"key|token|secret|password|credential|signature|
 
 
 def redact_path(path: str) -> str:
-    """A path with the values of secret query parameters replaced; other parameters keep their place."""
-    parts = urlsplit(path)
-    if not parts.query:
-        return path
-    keep: Callable[[str, str], str] = lambda k, v: (  # noqa: E731
-        f"{quote(k)}=[redacted]" if _SECRET_PARAMETER.search(k) else f"{quote(k)}={quote(v)}"
-    )
-    return parts.path + "?" + "&".join(keep(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True))
+    """A path with the values of secret query parameters replaced, and whatever else has the shape of a secret.
+
+    Other parameters keep their place; a second pass changes nothing. `path` need not be a proper URL ("//host[" is
+    none), and may hold the surrogates that stand for bytes which are no UTF-8. A fragment, which no client sends, goes.
+    """
+    path, _, query = path.partition("#")[0].partition("?")
+    pairs = [(redact_text(k), redact_text(v)) for k, v in parse_qsl(query, keep_blank_values=True)]
+    if pairs:
+        path += "?" + "&".join(
+            f"{_quoted(k)}={'[redacted]' if _SECRET_PARAMETER.search(k) else _quoted(v)}" for k, v in pairs
+        )
+    return redact_text(path)
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="/:[]", errors="replace")

@@ -48,6 +48,7 @@ class LLM(_Section):
 class Judge(_Section):
     """The judge uses rl.prm_* where set, else llm.*; with neither, nothing is scored."""
 
+    enabled: bool = True
     votes: int = Field(3, ge=1, le=15)
     models: tuple[str, ...] = ()  # that vote in turn at the judge's endpoint; (): its one model
     patience: float = Field(1800, ge=0)  # seconds to wait for what the human or the tools say to a reply

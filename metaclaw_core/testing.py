@@ -109,6 +109,8 @@ class ScriptedLLM:
                 connection.start_next_cycle()
         except (ConnectionError, h11.RemoteProtocolError, asyncio.IncompleteReadError):
             pass  # the client went away; what it sent is recorded
+        except asyncio.CancelledError:
+            pass  # the server stops; asyncio's streams complain of a cancelled handler
         finally:
             writer.close()
 

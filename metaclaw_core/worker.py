@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -23,8 +24,11 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from metaclaw_core import jobs
 from metaclaw_core.errors import ConfigError, MetaClawError, WireError
+from metaclaw_core.learn.budget import Budget
 from metaclaw_core.learn.credentials import Callers
 from metaclaw_core.learn.evolve import Evolver
+from metaclaw_core.learn.llm import LLMClient
+from metaclaw_core.learn.scoring import judge_client
 from metaclaw_core.settings import Settings, home, load_settings, private_dir
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.rollouts import Store
@@ -36,6 +40,8 @@ INGEST_SECONDS = 2.0
 INDEX_SECONDS = 1.0
 EVOLVE_SECONDS = 10.0
 SKILLS_SECONDS = 300.0
+SCORE_SECONDS = 10.0
+EXAMINE_SECONDS = 3600.0
 _MAX_LINE = 1 << 20
 
 
@@ -51,7 +57,9 @@ async def serve(*, follow_stdin: bool) -> None:
             loop.add_signal_handler(number, stop.set)
     callers = Callers(store, settings.proxy.hosts, enabled=settings.llm.use_caller_credentials)
     follower = asyncio.ensure_future(_until_stdin_closes(stop, callers.take)) if follow_stdin else None
-    evolver = _evolver(store, settings, callers)
+    budget = Budget(store, settings.llm.daily_token_budget)
+    evolver = _evolver(store, settings, callers, budget)
+    judge = _judge(settings, budget)
 
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns of each tick that finds a job still running
     scheduler = AsyncIOScheduler(event_loop=loop)
@@ -73,6 +81,14 @@ async def serve(*, follow_stdin: bool) -> None:
     every(INGEST_SECONDS, "ingest", lambda: jobs.ingest(store, here))
     if evolver is not None:
         every(EVOLVE_SECONDS, "evolve", lambda: jobs.evolve(evolver))
+    if judge is not None:
+        every(SCORE_SECONDS, "score", lambda: jobs.score(store, settings, judge))
+        started = time.monotonic()
+        every(
+            EXAMINE_SECONDS,
+            "judge",
+            lambda: jobs.examine_judge(store, settings, judge, at_start=time.monotonic() - started < EXAMINE_SECONDS / 2),
+        )
     every(SKILLS_SECONDS, "skills", lambda: jobs.look_after_skills(store, settings))
     scheduler.start()
     try:
@@ -83,6 +99,8 @@ async def serve(*, follow_stdin: bool) -> None:
             follower.cancel()
         if evolver is not None:
             await evolver.aclose()
+        if judge is not None:
+            await judge.aclose()
         await _logged("ingest", lambda: jobs.ingest(store, here))
         store.close()
 
@@ -100,11 +118,19 @@ async def _logged(name: str, job: Callable[[], Awaitable[Any]]) -> None:
         logger.warning("%s: %s", name, problem)
 
 
-def _evolver(store: Store, settings: Settings, callers: Callers) -> Evolver | None:
+def _judge(settings: Settings, budget: Budget) -> LLMClient | None:
+    try:
+        return judge_client(settings, budget)
+    except ConfigError as e:
+        logger.warning("Nothing is scored: %s", e)
+        return None
+
+
+def _evolver(store: Store, settings: Settings, callers: Callers, budget: Budget) -> Evolver | None:
     if not settings.skills.auto_evolve:
         return None
     try:
-        return Evolver(store, settings, callers=callers)
+        return Evolver(store, settings, callers=callers, budget=budget)
     except ConfigError as e:
         logger.warning("No skills are written: %s", e)
         return None

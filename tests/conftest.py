@@ -35,11 +35,11 @@ FOREIGN = {
 
 def shared_dir() -> Path:
     """Where the full recordings are, if they are here at all."""
-    return Path(os.environ.get("METACLAW_SHARED") or ROOT.parent / "shared")  # noqa: TID251
+    return Path(os.environ.get("METACLAW_SHARED") or ROOT.parent / "shared")
 
 
 def why_no_openclaw() -> str | None:
-    if reason := os.environ.get("METACLAW_NO_OPENCLAW"):  # noqa: TID251
+    if reason := os.environ.get("METACLAW_NO_OPENCLAW"):
         return f"no OpenClaw: {reason}"
     if not (shared_dir() / "openclaw" / "run.sh").exists():
         return "no OpenClaw: the kit that drives it is not in ../shared/openclaw"
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def metaclaw_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """METACLAW_HOME of this test, not made yet; HOME is an empty folder beside it."""
-    for name in list(os.environ):  # noqa: TID251
+    for name in list(os.environ):
         if (name.startswith("METACLAW_") and name not in FOR_TESTS) or name.upper() in FOREIGN:
             monkeypatch.delenv(name)
     home = tmp_path / "home"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaclaw_core.redact import redact, redact_path, redact_text
+from metaclaw_core.redact import Redactor, redact, redact_path, redact_text
 
 SECRETS = {
     "anthropic-key": "sk-ant-api03-" + "a1B2" * 8,
@@ -75,3 +75,43 @@ def test_secret_parameters_of_a_path_lose_their_value_and_others_keep_theirs():
     )
     assert redact_path("/v1/chat/completions") == "/v1/chat/completions"
     assert redact_path("/x?access_token=a&b=") == "/x?access_token=[redacted]&b="
+
+
+def test_a_secret_that_is_part_of_a_path_is_replaced_by_its_shape():
+    assert redact_path("/sk-ant-api03-aaaabbbbcccc/v1/messages?beta=true") == "/[redacted:anthropic-key]/v1/messages?beta=true"
+    assert redact_path("/v1/messages?x=sk-ant-api03-aaaabbbbcccc") == "/v1/messages?x=[redacted:anthropic-key]"
+    assert redact_path("/v1/messages?a=1#token=hunter2") == "/v1/messages?a=1"
+
+
+def test_a_path_that_is_no_url_keeps_its_form():
+    assert redact_path("//openai/v1/chat/completions?api-version=1") == "//openai/v1/chat/completions?api-version=1"
+    assert redact_path("//[?key=AIzaX") == "//[?key=[redacted]"
+    assert redact_path("/v1\udcff?a=\udcff%ff") == "/v1\udcff?a=%3F%EF%BF%BD"
+
+
+@given(st.text(st.characters(codec=None)) | st.text("ab?&=#%/[]:+;\udcffkey", max_size=30))
+def test_any_path_is_taken_and_a_second_pass_changes_nothing(path):
+    once = redact_path(path)
+    assert redact_path(once) == once
+
+
+FILLER = b'{"messages":"' + b"lorem ipsum dolor " * 4000 + b'"}'
+
+
+@pytest.mark.parametrize("at", [0, 13, 16_000, 30_000, len(FILLER) - 2, len(FILLER)])
+def test_the_remembering_redactor_finds_a_secret_wherever_it_is_new(at):
+    redactor = Redactor()
+    secret = SECRETS["github-token"].encode()
+    body = FILLER[:at] + b" " + secret + b" " + FILLER[at:]
+    assert redactor.redact(FILLER, "k") == (FILLER, 0)
+    assert redactor.redact(body, "k") == redact(body)
+    assert redactor.redact(body, "k") == redact(body)  # a body with a secret is not taken as clean
+    assert redactor.redact(FILLER, "k") == (FILLER, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(FILLER)), st.sampled_from([b"x", b"ghp_", b"a1" * 18, b'","', b"sk-"])), max_size=8))
+def test_the_remembering_redactor_says_what_the_plain_one_says_of_a_growing_body(changes):
+    redactor, body = Redactor(), FILLER
+    for at, piece in changes:
+        body = body[:at] + piece + body[at:]
+        assert redactor.redact(body, "k") == redact(body)

@@ -15,7 +15,7 @@ import click
 
 from metaclaw_core import configfile
 from metaclaw_core.cli.output import json_line
-from metaclaw_core.errors import ConfigError, MetaClawError
+from metaclaw_core.errors import ConfigError
 from metaclaw_core.settings import (
     ENVIRONMENT,
     Settings,
@@ -184,7 +184,4 @@ def _text(value: Any) -> str:
 
 
 def _first_key(section: configfile.Key) -> configfile.Key:
-    found = next((path for path in leaves() if path[: len(section)] == section), None)
-    if found is None:
-        raise MetaClawError(f"{'.'.join(section)} has no keys.")
-    return found
+    return next(path for path in leaves() if path[: len(section)] == section)

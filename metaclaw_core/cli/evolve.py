@@ -25,7 +25,9 @@ _POLL_SECONDS = 1.0
 
 
 @click.command("evolve")
-@click.option("--session", help="Only this one: its id, or its key in the store. Also one that was read from a capture.")
+@click.option(
+    "--session", help="Only this one: its id, or its key in the store. Also one that was read from a capture."
+)
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for a worker to do it.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 def command(session: str | None, wait: float, as_json: bool) -> None:
@@ -63,7 +65,9 @@ async def _evolve(
         await evolver.aclose()
     deadline = time.monotonic() + wait_s
     while (  # noqa: ASYNC110 - another process does it
-        (waiting := await asyncio.to_thread(_waiting, store)) and time.monotonic() < deadline and _worker_may_come(waiting)
+        (waiting := await asyncio.to_thread(_waiting, store))
+        and time.monotonic() < deadline
+        and _worker_may_come(waiting)
     ):
         await asyncio.sleep(_POLL_SECONDS)
     return await asyncio.to_thread(_since, store, began)
@@ -81,7 +85,9 @@ def _worker_may_come(waiting: dict[str, int]) -> bool:
     from metaclaw_core.proxy.control import running_proxies
     from metaclaw_core.settings import home
 
-    return any(name in ("waiting", "proposed", "waiting(credential)") for name in waiting) and any(running_proxies(home()))
+    return any(name in ("waiting", "proposed", "waiting(credential)") for name in waiting) and any(
+        running_proxies(home())
+    )
 
 
 def _since(store: Store, began: float) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from metaclaw_core.cli.output import json_line, opened_store
 from metaclaw_core.errors import CaptureError
 from metaclaw_core.model import Exchange
 
-_BATCH = 64
+_BATCH_ROWS = 64
+_BATCH_BYTES = 16 * 1024 * 1024  # of bodies: 64 large ones would fill the memory
+_PROBLEM_LENGTH = 300  # mitmproxy quotes what it can't read, however long that is
 
 
 @click.command("import")
@@ -31,22 +33,25 @@ def command(files: tuple[Path, ...], as_json: bool) -> None:
     from metaclaw_core.settings import home
 
     key = principal_key(home())
+    console = Console(stderr=True)
     failed = False
     with (
         opened_store() as store,
         Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         ) as progress,
     ):
         for path in files:
             counts = {"new": 0, "known": 0, "skipped": 0, "passed_over": 0, "failed": 0}
             problem: str | None = None
             batch: list[Exchange] = []
+            size = 0
 
             def flush(batch: list[Exchange] = batch, counts: dict[str, int] = counts, path: Path = path) -> None:
                 report = store.ingest(batch)
@@ -66,21 +71,25 @@ def command(files: tuple[Path, ...], as_json: bool) -> None:
                             counts["passed_over"] += 1
                         else:
                             batch.append(exchange)
-                        if len(batch) >= _BATCH:
+                            size += len(exchange.request_body) + len(exchange.response_body)
+                        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
                             flush()
+                            size = 0
                         progress.update(bar, completed=file.tell())
             except OSError as e:
                 problem = f"{path} can't be read: {e.strerror}."
             except CaptureError as e:
-                problem = str(e)
+                problem = str(e) if len(str(e)) <= _PROBLEM_LENGTH else f"{str(e)[:_PROBLEM_LENGTH]} …"
+            except MemoryError:  # four bytes can claim that a terabyte follows
+                problem = f"{path} is neither a mitmproxy capture nor a HAR file, or larger than the memory."
             flush()
             failed = failed or problem is not None or counts["failed"] > 0
             if as_json:
                 json_line({"file": str(path), **counts, "problem": problem})
                 continue
+            useless = f" ({counts['skipped']} of no use for learning)" if counts["skipped"] else ""
             click.echo(
-                f"{path}: {counts['new']} new exchanges ({counts['skipped']} of them of no use for learning), "
-                f"{counts['known']} known already, {counts['passed_over']} other flows."
+                f"{path}: {counts['new']} new exchanges{useless}, {counts['known']} known already, {counts['passed_over']} other flows."
             )
             if problem:
                 click.echo(f"metaclaw: {problem}", err=True)

@@ -27,6 +27,9 @@ _COMMANDS = {
     "config": ("config:command", "Show and change settings."),
     "run": ("run:command", "Run a command with the proxy and its CA in its environment."),
     "env": ("env:command", "Print that environment for a shell."),
+    "wire": ("wire:command", "Give an agent's own service the proxy, and take it away."),
+    "service": ("service:command", "Have the system keep the proxy running."),
+    "doctor": ("doctor:command", "Look for what is wrong, with a remedy for each."),
     "addon-path": ("addon_path:command", "Where the script for `mitmdump -s` is."),
     "skills": ("skills:command", "Look at, search, add, check and take back skills."),
     "turns": ("turns:command", "List recorded exchanges."),
@@ -36,6 +39,8 @@ _COMMANDS = {
     "store": ("store:command", "Check the store."),
     "evolve": ("evolve:command", "Write skills from what was said, now."),
     "worker": ("worker:command", "Run the background jobs by hand."),
+    "purge": ("purge:command", "Forget recorded sessions, everywhere."),
+    "uninstall": ("uninstall:command", "Undo wirings and service, and remove what MetaClaw wrote."),
 }
 
 

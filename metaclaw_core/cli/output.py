@@ -37,7 +37,7 @@ def opened_store(*, drain: bool = True) -> Iterator[Store]:
 
 def json_line(row: Mapping[str, Any]) -> None:
     """One object on one line; ASCII, so that lone surrogates can't break a pipe."""
-    sys.stdout.write(dumps(dict(row)) + "\n")
+    click.echo(dumps(dict(row)))
 
 
 def when(seconds: float | None) -> str:

@@ -32,12 +32,39 @@ def ask(message: str, **arguments: Any) -> list[dict[str, Any]]:
 def status(as_json: bool) -> None:
     """What the running proxies do. Exit status 3 if none runs, 1 if one does not answer."""
     answers = ask("status")
+    learning = _learning()
     for answer in answers:
         if as_json:
-            json_line(answer)
+            json_line({**answer, "learning": learning})
         else:
             click.echo("\n".join(_lines(answer)))
+    if learning is not None and not as_json:
+        click.echo("\n".join(_learning_lines(learning)))
     sys.exit(1 if any("error" in answer for answer in answers) else 0)
+
+
+def _learning() -> dict[str, Any] | None:
+    """What the worker has done and what it waits for; None: there is no store yet."""
+    from metaclaw_core.cli.output import opened_store
+    from metaclaw_core.learn.evolve import segment_counts
+    from metaclaw_core.learn.runs import all_notices, last_runs
+    from metaclaw_core.settings import load_settings
+
+    if not load_settings().store.url and not (home() / "store.db").exists():
+        return None
+    with opened_store(drain=False) as store:
+        return {"segments": segment_counts(store), "runs": last_runs(store), "notices": all_notices(store)}
+
+
+def _learning_lines(learning: dict[str, Any]) -> list[str]:
+    from metaclaw_core.cli.output import when
+
+    segments = ", ".join(f"{n} {state}" for state, n in learning["segments"].items())
+    lines = [f"segments   {segments}"] if segments else []
+    for run in learning["runs"]:
+        how = {True: "ok", False: f"failed: {run['error']}", None: "running, or cut off"}[run["ok"]]
+        lines.append(f"{run['name']:<10} {when(run['started_at'])}, {how}")
+    return lines + [f"notice     {when(notice['at'])}: {notice['text']}" for notice in learning["notices"]]
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:

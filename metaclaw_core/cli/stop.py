@@ -10,7 +10,7 @@ from metaclaw_core.cli.start import describe, start_options
 from metaclaw_core.errors import ConfigError
 from metaclaw_core.proxy import detach
 from metaclaw_core.proxy.startoptions import StartOptions, check_sets, read_back
-from metaclaw_core.settings import home
+from metaclaw_core.settings import home, load_settings
 
 _GRACE = click.option(
     "--grace", type=click.FloatRange(0, 3600), default=60.0, show_default=True, help="Seconds to let open answers end."
@@ -38,6 +38,7 @@ def restart(port: int | None, mode: str | None, sets: tuple[str, ...], lean: boo
     Where none runs, one is started. A proxy of your own mitmdump is left alone.
     """
     check_sets(sets)
+    load_settings()  # before the old one ends: a file that can't be read must not leave the agents without a proxy
     chosen = StartOptions(port=port, mode=mode, lean=lean, sets=sets)
     running = detach.live_proxies(home())
     known = [(live, old) for live in running if (old := read_back(home(), live.pid)) is not None]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import click
 
 from metaclaw_core.cli.output import json_line, opened_store, table, when
+from metaclaw_core.model import Kind
 
+_STATES = ("captured", "scored", "batched", "trained", "skipped", "failed")  # `store.rollouts.State`, which loads slowly
+_EMPTY = "No exchange has been recorded yet. `metaclaw start`, or `metaclaw import FILE` for a capture."
 
 @click.command("turns")
 @click.option("--session", help="Only this session (the id that `metaclaw sessions` shows).")
-@click.option("--kind", help="Only this kind: main, tool, subagent, announce, heartbeat, compaction, title, unknown.")
-@click.option("--state", help="Only this state: captured, scored, batched, trained, skipped, failed.")
-@click.option("--limit", type=click.IntRange(1), help="At most this many, the newest.")
+@click.option("--kind", type=click.Choice([kind.value for kind in Kind]), help="Only this kind.")
+@click.option("--state", type=click.Choice(_STATES), help="Only this state.")
+@click.option("--limit", type=click.IntRange(1, 1_000_000_000), help="At most this many, the newest.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def command(session: str | None, kind: str | None, state: str | None, limit: int | None, as_json: bool) -> None:
     """List recorded exchanges with an LLM, oldest first.
@@ -40,7 +43,7 @@ def command(session: str | None, kind: str | None, state: str | None, limit: int
                 for row in rows
             ),
             wide=("user", "assistant"),
-            empty="No exchange has been recorded yet. `metaclaw start`, or `metaclaw import FILE` for a capture.",
+            empty="No recorded exchange is like that." if session or kind or state else _EMPTY,
         )
 
 

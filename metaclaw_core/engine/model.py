@@ -110,10 +110,11 @@ class BaseModel:
 
     def checkpoint_activations(self, on: bool) -> None:
         """Trade time for memory in the passes that follow: for one sequence that is too long otherwise."""
+        word = "activation" if hasattr(self._hf, "activation_checkpointing_enable") else "gradient"  # renamed in 5
         if on:
-            self._hf.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self._hf, f"{word}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self._hf.gradient_checkpointing_disable()
+            getattr(self._hf, f"{word}_checkpointing_disable")()
         self._hf.train(on)  # transformers recomputes in training mode only
 
     def empty_cache(self) -> None:

@@ -30,7 +30,7 @@ from typing import Literal
 from metaclaw_core.learn.edits import Edit, Fault, changed_body, clean_line, length_faults
 from metaclaw_core.learn.scan import Severity, scan
 from metaclaw_core.learn.similar import SAME, Similarity
-from metaclaw_core.learn.spans import Source, Span, Told, plain
+from metaclaw_core.learn.spans import Source, Span, Told, plain, sentences
 from metaclaw_core.redact import redact_text
 from metaclaw_core.skills.library import Scan
 from metaclaw_core.skills.skill import MAX_NAME, Provenance, Skill, Status, validate
@@ -93,7 +93,9 @@ def decide(edit: Edit, ground: Ground) -> Decision:
         return _write(apart, op, Status.QUARANTINED, hostile, ground)
     rejected = _twin(skill, ground.library, (Status.ARCHIVED,))
     if rejected is not None:
-        return Decision("nothing", skill.name, op, reasons=(f"it says what {rejected.name!r} said, which was archived",))
+        return Decision(
+            "nothing", skill.name, op, reasons=(f"it says what {rejected.name!r} said, which was archived",)
+        )
     reasons = [*doubts, *careful]
     if not ground.immediate:
         reasons.append("skills.admission is review")
@@ -148,7 +150,9 @@ def _evidence(quotes: Sequence[str], about: str, ground: Ground) -> tuple[str | 
         quote = max(own, key=lambda q: _shared(q, about))
         return quote, [] if _supports(quote, about) else ["what the human said shares no words with the lesson"]
     if doubted:
-        return doubted[0], [f"the words are perhaps not the user's: {ground.doubt or 'a later request does not hold them'}"]
+        return doubted[0], [
+            f"the words are perhaps not the user's: {ground.doubt or 'a later request does not hold them'}"
+        ]
     if agents:
         return agents[0], ["its evidence is the agent's own words"]
     return None, []
@@ -195,7 +199,7 @@ def _content(skill: Skill, old: Skill | None, told: Told) -> tuple[list[str], li
     for finding in scan(new):
         if finding.severity is Severity.ATTACK:
             hostile.append(f"{finding.kind}: {finding.excerpt}")
-        elif not all(word in own for word in plain(finding.excerpt).split()[:2]):
+        elif not all(word in own for word in plain(finding.hit).split()[:2]):
             careful.append(f"{finding.kind}: {finding.excerpt}")
     strangers = "\n".join(plain(span.text) for span in told.of(Source.TOOL, Source.QUOTED))
     for address in dict.fromkeys(match[0].rstrip(".,") for match in _ADDRESS.finditer(new)):
@@ -247,7 +251,11 @@ def _copied(text: str, told: Told) -> str | None:
     for line in text.splitlines():
         tokens = _TOKEN.findall(plain(line))
         for gram, length in _runs_of(tokens):
-            if gram in strangers and gram not in own and len(set(words(" ".join(gram) if length == _COPIED_WORDS else "".join(gram)))) >= 3:
+            if (
+                gram in strangers
+                and gram not in own
+                and len(set(words(" ".join(gram) if length == _COPIED_WORDS else "".join(gram)))) >= 3
+            ):
                 return (" " if length == _COPIED_WORDS else "").join(gram)
     return None
 
@@ -316,9 +324,15 @@ def _twin(skill: Skill, library: Scan, among: Sequence[Status]) -> Skill | None:
 
 
 def _merged(old: Skill, new: Skill) -> Skill | None:
-    """`old` with the lines of `new` that it doesn't hold; None if there are none."""
-    have = [Counter(words(line)) for line in old.body.splitlines()]
-    added = [line for line in new.body.splitlines() if line.strip() and not line.startswith("#") and not _in(Counter(words(line)), have)]
+    """`old` with the sentences of `new` that it doesn't hold; None if there are none."""
+    have = [Counter(words(sentence)) for line in old.body.splitlines() for sentence in sentences(line)]
+    added = []
+    for line in new.body.splitlines():
+        if line.startswith("#"):
+            continue
+        fresh = [sentence for sentence in sentences(line) if not _in(Counter(words(sentence)), have)]
+        if fresh:
+            added.append("".join(fresh).strip())
     triggers = _joined(old.triggers, new.triggers)
     if not added and triggers == old.triggers:
         return None
@@ -326,10 +340,10 @@ def _merged(old: Skill, new: Skill) -> Skill | None:
     return replace(old, body=body.strip(), triggers=triggers)
 
 
-def _in(line: Counter[str], have: Sequence[Counter[str]]) -> bool:
-    """Does one of the lines say nearly all that `line` says?"""
-    total = sum(line.values())
-    return total == 0 or any(sum((line & other).values()) >= 0.8 * total for other in have)
+def _in(said: Counter[str], have: Sequence[Counter[str]]) -> bool:
+    """Does one of the sentences that are there say nearly all of it?"""
+    total = sum(said.values())
+    return total == 0 or any(sum((said & other).values()) >= 0.8 * total for other in have)
 
 
 def _joined(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
@@ -352,7 +366,9 @@ def _free_name(skill: Skill, library: Scan) -> str:
 def _write(skill: Skill, op: str, status: Status, reasons: Sequence[str], ground: Ground) -> Decision:
     earlier = skill.provenance.sessions if skill.provenance else ()
     sessions = tuple(dict.fromkeys((*earlier, *ground.provenance.sessions)))[-20:]
-    skill = replace(skill, status=status, provenance=replace(ground.provenance, sessions=sessions, digest=skill.content_hash))
+    skill = replace(
+        skill, status=status, provenance=replace(ground.provenance, sessions=sessions, digest=skill.content_hash)
+    )
     if faults := validate(skill):
         return Decision("nothing", skill.name, op, reasons=tuple(faults))
     return Decision("write", skill.name, op, status, skill, tuple(reasons))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from typing import Any
@@ -209,16 +209,21 @@ async def _one(item: Pair | Label, number: int, client: LLMClient, settings: Jud
         after = NextState((), item.next) if item.next is not None else None
         messages = turn_messages(render(turn_sections(item.instruction, item.action, after)), next_known=after is not None)
         asked = (vote_on_turn(client, settings, messages, model_of(client, settings, n)) for n in range(votes))
-        return [_outcome(item.id, str(item.label), await asyncio.gather(*asked))]
+        return [_outcome(item.id, str(item.label), await _all(asked))]
     # A flip must be the order's doing, so a pair's two orders are judged by the same models.
     models = [model_of(client, settings, number + n) for n in range(votes)]
-    straight, swapped = await asyncio.gather(
-        *(
-            asyncio.gather(*(vote_on_pair(client, settings, pair_messages(_shown(item, order)), m) for m in models))
-            for order in ("straight", "swapped")
-        )
-    )
-    return [_outcome(item.id, "A", straight), _outcome(item.id, "B", swapped)]
+    orders = [pair_messages(_shown(item, order)) for order in ("straight", "swapped")]
+    given = await _all(vote_on_pair(client, settings, messages, m) for messages in orders for m in models)
+    return [_outcome(item.id, "A", given[:votes]), _outcome(item.id, "B", given[votes:])]
+
+
+async def _all[T](work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Every result, or the first exception once all have ended: none goes on while the client is being closed."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def _shown(pair: Pair, order: str) -> Rendered:

@@ -70,23 +70,23 @@ class CallerClient:
         reservation = await self._budget.reserve(purpose, self.model, asked, max_tokens)
         try:
             await asyncio.to_thread(self._callers.announce, self._key)
-            status, body = await self._send(dumps(request_body(self._key.dialect, self.model, messages, max_tokens, self._key.host)))
-            response = self._answer(body) if status is not None and 200 <= status < 300 else None
+            body = request_body(self._key.dialect, self.model, messages, max_tokens, self._key.host)
+            status, answer = await self._send(dumps(body))
+            response = self._answer(answer) if status is not None and 200 <= status < 300 else None
             usage = response.usage if response is not None else None
             came_in = usage.input_tokens if usage else None
             went_out = usage.output_tokens if usage else None
-            text = response.message.text if response is not None and response.message is not None else ""
-            if response is not None:
-                await self._budget.record(reservation, came_in, went_out, text)
-            took = (asked if came_in is None else came_in) + (max_tokens if went_out is None else went_out)
-            if status is not None and status >= 400:
-                took = 0  # refused before it was worked on
+            took = 0
+            if status is None or status < 300:  # an error status: refused before it was worked on
+                await self._budget.record(reservation, came_in, went_out)
+                took = (asked if came_in is None else came_in) + (max_tokens if went_out is None else went_out)
             self._left -= took
             await asyncio.to_thread(self._callers.record, self._key, took, status)
         finally:
             self._budget.release(reservation)
         if response is None:
-            raise self._error(status, body)
+            raise self._error(status, answer)
+        text = response.message.text if response.message is not None else ""
         cut = response.stop_reason is StopReason.LENGTH
         return Completion(text, response.model or self.model, came_in, went_out, cut)
 
@@ -106,7 +106,10 @@ class CallerClient:
             async with (
                 asyncio.timeout(self._timeout_s),
                 httpx.AsyncClient(
-                    trust_env=False, follow_redirects=False, verify=self._ssl if self._ssl is not None else True, timeout=self._timeout_s
+                    trust_env=False,
+                    follow_redirects=False,
+                    verify=self._ssl if self._ssl is not None else True,
+                    timeout=self._timeout_s,
                 ) as client,
                 client.stream("POST", url, content=content, headers=headers) as response,
             ):
@@ -158,7 +161,13 @@ def request_body(dialect: str, model: str, messages: Sequence[Mapping[str, str]]
             return {"model": model, "messages": chat, limit: max_tokens}
         case "openai_responses":
             content = [{"role": m["role"], "content": m["content"]} for m in spoken]
-            return {"model": model, "instructions": system, "input": content, "max_output_tokens": max_tokens, "store": False}
+            return {
+                "model": model,
+                "instructions": system,
+                "input": content,
+                "max_output_tokens": max_tokens,
+                "store": False,
+            }
         case "anthropic":
             body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "messages": [dict(m) for m in spoken]}
             return {**body, "system": system} if system else body

@@ -90,7 +90,9 @@ def figures(store: Store) -> dict[str, Figures]:
             .where(turns.c.score.is_not(None), turns.c.turn_id.is_not(None))
             .order_by(turns.c.started_at)
         ).all()
-    scores: dict[str, tuple[float, int]] = {row.turn_id: (row.started_at, row.score) for row in scored}  # the last step counts
+    scores: dict[str, tuple[float, int]] = {
+        row.turn_id: (row.started_at, row.score) for row in scored
+    }  # the last step counts
     by_skill: dict[str, list[tuple[str, str | None, float]]] = {}
     for use in uses:
         by_skill.setdefault(use.skill, []).append((use.turn_id, use.session, use.at))

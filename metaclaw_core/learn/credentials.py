@@ -151,7 +151,7 @@ class Callers:
             "Set llm.* to use another model, or llm.use_caller_credentials: false to stop it."
         )
         if notice(self._store, "caller credentials", text, self._clock()):
-            logger.warning("metaclaw: %s", text)
+            logger.warning("%s", text)
 
     # --- bounds ---------------------------------------------------------------------------------
 

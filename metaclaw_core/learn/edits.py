@@ -158,7 +158,7 @@ def changed_body(body: str, changes: Sequence[tuple[str, str]]) -> str:
             body = f"{body.rstrip()}\n\n{new.strip()}"
             continue
         if body.count(old) != 1:
-            return Fault(f'the old text {old[:60]!r} is in the skill {body.count(old)} times, not once')
+            return Fault(f"the old text {old[:60]!r} is in the skill {body.count(old)} times, not once")
         body = body.replace(old, new)
     return body.strip()
 
@@ -196,7 +196,11 @@ def _changes(value: Json) -> tuple[tuple[str, str], ...] | None:
         return None
     out = []
     for item in value:
-        if not isinstance(item, dict) or not isinstance(item.get("new"), str) or not isinstance(item.get("old", ""), str):
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("new"), str)
+            or not isinstance(item.get("old", ""), str)
+        ):
             return None
         out.append((item.get("old", ""), item["new"]))
     return tuple(out)

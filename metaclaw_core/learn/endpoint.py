@@ -116,6 +116,8 @@ def llm_endpoint(settings: Settings) -> Endpoint | None:
 
 def judge_endpoint(settings: Settings) -> Endpoint | None:
     """Who scores turns; None: nobody. Raises ConfigError."""
+    if not settings.judge.enabled:
+        return None
     rl = settings.rl
     return _own_or_llm(settings, "rl.prm_url", "rl.prm_model", rl.prm_url, rl.prm_model, rl.prm_api_key)
 

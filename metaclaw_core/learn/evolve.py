@@ -104,7 +104,7 @@ class EvolveReport:
 
     def says_something(self) -> bool:
         """Did more happen than waiting?"""
-        return self != EvolveReport(waiting=self.waiting)
+        return self != EvolveReport(segments=self.segments, waiting=self.waiting)
 
 
 class Evolver:
@@ -126,7 +126,7 @@ class Evolver:
         """`step` is told where the work is, for a display; `ssl_context` None: the public authorities."""
         self._store = store
         self._settings = settings
-        self._skills = skills_settings(settings)
+        self._library = open_library(skills_settings(settings))  # kept: it reads only what has changed
         self._budget = budget or Budget(store, settings.llm.daily_token_budget)
         self._callers = callers
         self._clock = clock
@@ -171,7 +171,7 @@ class Evolver:
             return await recorded(self._store, JOB, lambda: self._work(len(found)), worth=EvolveReport.says_something)
 
     async def _work(self, found: int) -> EvolveReport:
-        library = open_library(self._skills)
+        library = self._library
         tally = Tally(found)
         tally.applied(await asyncio.to_thread(apply_proposed, self._store, library, self._step))  # what a crash left
         for row in await asyncio.to_thread(_open_segments, self._store, self._clock()):
@@ -203,7 +203,9 @@ class Evolver:
         except (LLMRefused, WireError) as e:
             if row.attempts + 1 >= _ATTEMPTS:
                 tally.failed += 1
-                await asyncio.to_thread(set_state, self._store, row, state="failed", detail=str(e), attempts=row.attempts + 1)
+                await asyncio.to_thread(
+                    set_state, self._store, row, state="failed", detail=str(e), attempts=row.attempts + 1
+                )
             else:
                 await self._postpone(row, "llm", str(e), tally, attempts=row.attempts + 1)
             return
@@ -226,15 +228,15 @@ class Evolver:
     def _waits(self, row: Row[Any]) -> Waiting | None:
         """Why the caller's model can't be asked at all; None: it may be, if the share is enough."""
         if self._callers is None:
-            return Waiting("credential", "no LLM is configured, and only the worker of a running proxy sees the caller's key")
+            return Waiting(
+                "credential", "no LLM is configured, and only the worker of a running proxy sees the caller's key"
+            )
         borrowed = self._callers.borrow(row, 0)
         return borrowed if isinstance(borrowed, Waiting) else None
 
     # --- asking ---------------------------------------------------------------------------------
 
-    async def _ask(
-        self, row: Row[Any], told: Told, scan: Scan, tally: Tally
-    ) -> tuple[editing.Proposal, str] | Waiting:
+    async def _ask(self, row: Row[Any], told: Told, scan: Scan, tally: Tally) -> tuple[editing.Proposal, str] | Waiting:
         """What the model proposes and which one it was. Raises what `Asker.complete` does, and WireError."""
         asker, size = self._llm, _FULL
         if asker is None:
@@ -246,9 +248,20 @@ class Evolver:
             if isinstance(borrowed, Waiting):
                 return borrowed
             room = borrowed.tokens - (least - _SMALLEST)
-            size = _Size(min(size.transcript, max(_SMALLEST, room)), size.answer, size.related, size.whole, size.edits, size.words)
+            size = _Size(
+                min(size.transcript, max(_SMALLEST, room)),
+                size.answer,
+                size.related,
+                size.whole,
+                size.edits,
+                size.words,
+            )
             asker = CallerClient(
-                borrowed, self._callers, self._budget, timeout_s=self._settings.llm.timeout_seconds, ssl_context=self._ssl
+                borrowed,
+                self._callers,
+                self._budget,
+                timeout_s=self._settings.llm.timeout_seconds,
+                ssl_context=self._ssl,
             )
         messages, known = _question(told, scan, size)
         self._step("asking")
@@ -257,7 +270,11 @@ class Evolver:
         proposal, faults = _read(answer, known, told)
         if faults:
             repair = _prompt("evolve_repair.j2", faults=faults)
-            again = [*messages, {"role": "assistant", "content": answer.text or "{}"}, {"role": "user", "content": repair}]
+            again = [
+                *messages,
+                {"role": "assistant", "content": answer.text or "{}"},
+                {"role": "user", "content": repair},
+            ]
             try:
                 answer = await asker.complete(again, purpose=PURPOSE, max_tokens=size.answer, json_object=True)
                 repaired, _ = _read(answer, known, told)
@@ -312,7 +329,9 @@ class Evolver:
 
 def is_support(session_id: str, share: float) -> bool:
     """In rl mode: does this session write skills (True) or train the model?"""
-    return int.from_bytes(sha256(f"support\n{session_id}".encode("utf-8", "surrogatepass")).digest()[:8]) < share * 2**64
+    return (
+        int.from_bytes(sha256(f"support\n{session_id}".encode("utf-8", "surrogatepass")).digest()[:8]) < share * 2**64
+    )
 
 
 class Tally:
@@ -490,7 +509,11 @@ def segment_counts(store: Store) -> dict[str, int]:
     """State, or "waiting(reason)" → how many segments; for `status`."""
     counts: dict[str, int] = {}
     with store.reading() as db:
-        for row in db.execute(select(segments.c.state, segments.c.detail, func.count().label("n")).group_by(segments.c.state, segments.c.detail)):
+        for row in db.execute(
+            select(segments.c.state, segments.c.detail, func.count().label("n")).group_by(
+                segments.c.state, segments.c.detail
+            )
+        ):
             waits = row.state == "waiting" and row.detail is not None and row.detail.startswith("waiting(")
             name = row.detail.partition(":")[0] if waits else row.state
             counts[name] = counts.get(name, 0) + row.n

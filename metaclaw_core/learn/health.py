@@ -113,6 +113,27 @@ async def judge_health(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    checked: bool  # False: not due, or nobody to examine
+    problems: tuple[str, ...] = ()
+
+
+async def check_judge(
+    store: Store,
+    settings: Settings,
+    client: LLMClient | None,
+    *,
+    at_start: bool = False,
+    clock: Callable[[], float] = time.time,
+) -> CheckReport:
+    """The worker's job: examine the judge if it is due. Raises like `judge_health`; it stays due then."""
+    if client is None or not health_due(store, settings, at_start=at_start, clock=clock):
+        return CheckReport(checked=False)
+    found = await judge_health(store, client, settings.judge, clock=clock)
+    return CheckReport(checked=True, problems=(f"RL is paused: {found.reason}.",) if found.reason else ())
+
+
 def _reason(result: Calibration) -> str | None:
     kappa, flips = result.kappa, result.flips
     if kappa is None or kappa < MIN_KAPPA:

@@ -106,7 +106,9 @@ def _packed_skill(skill: Skill) -> Json:
         "metadata": _json(skill.metadata),
         "extra": _json(skill.extra),
         "source": str(skill.source) if skill.source else None,
-        "provenance": None if p is None else {"sessions": list(p.sessions), "model": p.model, "created": p.created, "digest": p.digest},
+        "provenance": None
+        if p is None
+        else {"sessions": list(p.sessions), "model": p.model, "created": p.created, "digest": p.digest},
     }
 
 

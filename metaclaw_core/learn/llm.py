@@ -21,6 +21,7 @@ is recognised only by itself, from ``x-metaclaw: off``.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import ssl
 import time
@@ -43,6 +44,10 @@ from metaclaw_core.redact import redact_text
 from metaclaw_core.wire.jsonio import dumps, loads_object
 
 __all__ = ["BudgetExhausted", "Completion", "Endpoint", "LLMClient", "LLMRefused", "LLMUnavailable", "Retry"]
+
+# A line for each request and each retry, neither with a reason: what matters is in the exceptions.
+for _name in ("httpx", "stamina"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _LONGEST_WAIT = 60.0  # a longer Retry-After is the caller's to wait for
 _MAX_ANSWER = 8 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""What came of an answer: the results of its tools, or what the human said next.
+"""What was asked, and what came of the answer: the results of its tools, or what the human said next.
 
 Design: clients send the whole history with each request, so the next request of the session shows the
 answer again and behind it what happened. The answer is looked for by content, not by its chain id:
@@ -65,6 +65,35 @@ def next_state(connection: Connection, row: Mapping[str, Any], answer: Message) 
         elif human is not None and not answer.tool_calls and not candidate.retry:
             return NextState((), human)
     return None
+
+
+def instruction_of(connection: Connection, row: Mapping[str, Any]) -> str | None:
+    """What the human asked for with this turn; a continuation may not repeat it. None: not known."""
+    if row["user_text"] is not None or row["turn_id"] is None:
+        return row["user_text"]  # type: ignore[no-any-return]
+    query = select(turns.c.user_text).where(turns.c.turn_id == row["turn_id"], turns.c.user_text.is_not(None)).limit(1)
+    text: str | None = connection.scalar(query)
+    return text
+
+
+def said_before(connection: Connection, row: Mapping[str, Any]) -> str | None:
+    """What the human had said before this turn."""
+    if row["session"] is None:
+        return None
+    query = (
+        select(turns.c.user_text)
+        .where(
+            turns.c.session == row["session"],
+            turns.c.started_at < row["started_at"],
+            turns.c.kind == "main",
+            turns.c.user_text.is_not(None),
+            turns.c.turn_id != row["turn_id"],
+        )
+        .order_by(turns.c.started_at.desc(), turns.c.id.desc())
+        .limit(1)
+    )
+    text: str | None = connection.scalar(query)
+    return text
 
 
 def _human(candidate: Row[Any], row: Mapping[str, Any]) -> str | None:

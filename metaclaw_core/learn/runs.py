@@ -81,7 +81,9 @@ async def recorded[R](
 
 def _begin(store: Store, name: str) -> int:
     with store.transaction() as db:
-        run = db.execute(insert(job_runs).values(name=name, started_at=time.time()).returning(job_runs.c.id)).scalar_one()
+        run = db.execute(
+            insert(job_runs).values(name=name, started_at=time.time()).returning(job_runs.c.id)
+        ).scalar_one()
         old = select(job_runs.c.id).where(job_runs.c.name == name).order_by(job_runs.c.id.desc()).offset(_KEPT).limit(1)
         if (beyond := db.scalar(old)) is not None:
             db.execute(delete(job_runs).where(job_runs.c.name == name, job_runs.c.id <= beyond))

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import batched
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, exists, or_, select, update
+from sqlalchemy import ColumnElement, exists, or_, select, update
 
 from metaclaw_core.errors import MetaClawError, StoreError
 from metaclaw_core.learn.budget import Budget
@@ -43,7 +43,7 @@ from metaclaw_core.learn.judge import (
     vote_on_turn,
 )
 from metaclaw_core.learn.llm import BudgetExhausted, LLMClient, LLMRefused, LLMUnavailable
-from metaclaw_core.learn.nextstate import SCORED_KINDS, follows, next_state
+from metaclaw_core.learn.nextstate import SCORED_KINDS, follows, instruction_of, next_state, said_before
 from metaclaw_core.learn.transcript import render, turn_sections
 from metaclaw_core.settings import Settings
 from metaclaw_core.store.queries import MANY, insert_new
@@ -126,7 +126,7 @@ class _Run:
     owner: str
     lease_s: float
     clock: Callable[[], float]
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # of the report's fields
     problems: dict[str, None] = field(default_factory=dict)  # in order, each once
     in_flight: set[int] = field(default_factory=set)  # turns whose claims are ours
     failures: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)  # decided at the end: is it the judge?
@@ -290,10 +290,10 @@ class _Run:
             after = next_state(connection, row, answer)
             given = connection.execute(select(votes.c.number, votes.c.score).where(votes.c.turn == row["id"])).all()
             had = {vote.number: vote.score for vote in given}
-            instruction = row["user_text"] or _instruction(connection, row)
+            instruction = instruction_of(connection, row)
             earlier = None
             if instruction is not None and len(instruction) <= _SHORT_INSTRUCTION:
-                earlier = _earlier(connection, row)
+                earlier = said_before(connection, row)
         transcript = render(turn_sections(instruction, answer, after, earlier=earlier))
         messages = turn_messages(transcript, next_known=after is not None)
         wait = 0.0
@@ -348,7 +348,10 @@ class _Run:
         while True:
             await asyncio.sleep(self.lease_s / 3)
             held = self.in_flight | {row["id"] for row, _ in self.failures}
-            await asyncio.to_thread(self._renew, held)
+            try:
+                await asyncio.to_thread(self._renew, held)
+            except StoreError as e:  # a claim that ends meanwhile is noticed when its turn is moved
+                self.problems[str(e)] = None
 
     def _renew(self, ids: Collection[int]) -> None:
         with self.store.transaction() as connection:
@@ -358,35 +361,6 @@ class _Run:
                     .where(turns.c.id.in_(some), turns.c.claimed_by == self.owner)
                     .values(claim_expires_at=self.clock() + self.lease_s)
                 )
-
-
-def _instruction(connection: Connection, row: Mapping[str, Any]) -> str | None:
-    """What the human said in another request of the same turn: a continuation may not repeat it."""
-    if row["turn_id"] is None:
-        return None
-    query = select(turns.c.user_text).where(turns.c.turn_id == row["turn_id"], turns.c.user_text.is_not(None)).limit(1)
-    text: str | None = connection.scalar(query)
-    return text
-
-
-def _earlier(connection: Connection, row: Mapping[str, Any]) -> str | None:
-    """What the human had said before this turn."""
-    if row["session"] is None:
-        return None
-    query = (
-        select(turns.c.user_text)
-        .where(
-            turns.c.session == row["session"],
-            turns.c.started_at < row["started_at"],
-            turns.c.kind == "main",
-            turns.c.user_text.is_not(None),
-            turns.c.turn_id != row["turn_id"],
-        )
-        .order_by(turns.c.started_at.desc(), turns.c.id.desc())
-        .limit(1)
-    )
-    text: str | None = connection.scalar(query)
-    return text
 
 
 def _no_majority(values: Sequence[Score | None]) -> str | None:

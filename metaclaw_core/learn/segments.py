@@ -140,15 +140,22 @@ def user_texts(db: Connection, tip: str | None) -> list[str]:
 
 def holds(texts: Sequence[str], words: str) -> bool:
     """Does one of the client's messages say `words`, whatever it is wrapped in?"""
-    words = words.strip()
+    words = _RUNTIME.sub("", words).strip()
+    ends = ("\n" + words, "] " + words)
     bare = (_RUNTIME.sub("", text).strip() for text in texts)
-    return any(text == words or text.endswith(("\n" + words, "] " + words)) or (len(words) >= _SURE_CHARS and words in text) for text in bare)
+    return any(text == words or text.endswith(ends) or (len(words) >= _SURE_CHARS and words in text) for text in bare)
 
 
 def _dropped_history(db: Connection, row: Row[Any], before: Sequence[Row[Any]]) -> bool:
     """Is this a new human turn whose history holds nothing of what was said before?"""
     said = _said(before)
-    if row.kind != Kind.MAIN.value or row.retry or not said or row.user_text == said[-1] or row.history_known is not True:
+    if (
+        row.kind != Kind.MAIN.value
+        or row.retry
+        or not said
+        or row.user_text == said[-1]
+        or row.history_known is not True
+    ):
         return False
     visible = user_texts(db, row.prompt_tip)
     return bool(visible) and not any(holds(visible, text) for text in said[-_RECENT_TEXTS:])
@@ -162,7 +169,10 @@ def _goes_on_without(db: Connection, session: str, row: Row[Any], first: Row[Any
             turns.c.session == session,
             turns.c.kind == Kind.MAIN.value,
             turns.c.user_text.is_not(None),
-            or_(turns.c.started_at < first.started_at, and_(turns.c.started_at == first.started_at, turns.c.id < first.id)),
+            or_(
+                turns.c.started_at < first.started_at,
+                and_(turns.c.started_at == first.started_at, turns.c.id < first.id),
+            ),
         )
         .order_by(turns.c.started_at.desc(), turns.c.id.desc())
         .limit(_RECENT_TEXTS)

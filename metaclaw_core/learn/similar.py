@@ -41,7 +41,9 @@ class Similarity:
         having = self._having + Counter(dict.fromkeys(terms, 1))
         idf = {term: math.log((1 + count) / (1 + n)) + 1 for term, n in having.items()}
         wanted = _vector(terms, idf)
-        scored = [(_cosine(wanted, _vector(own, idf)), skill) for own, skill in zip(self._terms, self._skills, strict=True)]
+        scored = [
+            (_cosine(wanted, _vector(own, idf)), skill) for own, skill in zip(self._terms, self._skills, strict=True)
+        ]
         return sorted(scored, key=lambda pair: (-pair[0], pair[1].name))
 
 

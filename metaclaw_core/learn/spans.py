@@ -98,7 +98,10 @@ def tell(store: Store, segment: Row[Any]) -> Told:
 
 def _rows(db: Connection, segment: Row[Any]) -> Sequence[Row[Any]]:
     """The segment's turns and those of the subagents that share a trace with one of them."""
-    until = or_(turns.c.started_at < segment.ended_at, and_(turns.c.started_at == segment.ended_at, turns.c.id <= segment.last_turn))
+    until = or_(
+        turns.c.started_at < segment.ended_at,
+        and_(turns.c.started_at == segment.ended_at, turns.c.id <= segment.last_turn),
+    )
     own = db.execute(
         select(turns)
         .where(turns.c.session == segment.session, turns.c.started_at >= segment.started_at, until)
@@ -217,9 +220,11 @@ def human_spans(text: str, turn: int, before: Sequence[Span], *, doubted: bool =
         if passed_on:
             out.append(Span(Source.QUOTED, piece.strip(), turn))
             continue
-        for sentence in _sentences(piece):
+        for sentence in sentences(piece):
             needle = plain(sentence)
-            echoed = len(needle) >= _ECHO_CHARS // (3 if _has_cjk(needle) else 1) and any(needle in text for text in brought)
+            echoed = len(needle) >= _ECHO_CHARS // (3 if _has_cjk(needle) else 1) and any(
+                needle in text for text in brought
+            )
             source = Source.QUOTED if echoed else own
             if out and out[-1].source is source:
                 out[-1] = Span(source, out[-1].text + sentence, turn)
@@ -239,7 +244,8 @@ def _runs(text: str, marked: bytearray) -> Iterator[tuple[bool, str]]:
 _SENTENCE = re.compile(r"[^\n.!?。！？]*(?:[.!?。！？]+(?:\s+|(?=[^\x00-\x7f])|\Z)|[.!?]|\n+|\Z)")
 
 
-def _sentences(text: str) -> list[str]:
+def sentences(text: str) -> list[str]:
+    """`text` cut behind each sentence and line; joined they are `text` again."""
     return [piece for piece in _SENTENCE.findall(text) if piece]
 
 
@@ -254,4 +260,3 @@ def _has_cjk(text: str) -> bool:
 def plain(text: str) -> str:
     """For comparing words: NFKC, no case, one space for any white space, none at the ends."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-

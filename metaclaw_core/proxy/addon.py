@@ -221,6 +221,7 @@ class MetaClaw:
             self._runtime.counters["passed: the request was streamed, not recorded"] += 1
             return
         flight.body = flow.request.raw_content or b""
+        flight.encoding = flow.request.headers.get("content-encoding", "")  # a rewritten request loses it
         if not flow.live:
             return
         bypassed = flow.request.headers.pop("x-metaclaw", "").strip().lower() == "off" or self._runtime.bypass
@@ -315,6 +316,7 @@ class MetaClaw:
             flight.route,
             self._runtime.key,
             request_body=flight.body,
+            request_encoding=flight.encoding,
             response_body=answer,
             hints=flight.hints,
             principal_id=flight.principal,

@@ -16,7 +16,7 @@ import re
 import secrets
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from mitmproxy import http
 
@@ -28,18 +28,22 @@ from metaclaw_core.wire.base import Route
 
 _CREDENTIAL_HEADERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")
 _CREDENTIAL_PARAMETERS = ("key", "api_key", "api-key")
+_KEY_BYTES = 32
 
 
 def principal_key(home: Path) -> bytes:
     """The local secret behind `principal`; made on first use, 0600."""
     path = private_dir(home) / "principal.key"
     try:
-        return path.read_bytes()
+        if len(key := path.read_bytes()) == _KEY_BYTES:
+            return key
+        # Cut short by a full disk or by hand: a guessable key would be worse than sessions that begin anew.
+        path.unlink()
     except FileNotFoundError:
         pass
     temporary = path.with_suffix(f".{secrets.token_hex(4)}")
     temporary.touch(mode=0o600)
-    temporary.write_bytes(secrets.token_bytes(32))
+    temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
     try:
         path.hardlink_to(temporary)  # fails if another process was first, whose key then counts
     except FileExistsError:
@@ -54,7 +58,7 @@ def credential(request: http.Request) -> str:
     for name in _CREDENTIAL_HEADERS:
         if value := request.headers.get(name):
             return f"{value}"
-    query = parse_qs(urlsplit(request.path).query)
+    query = parse_qs(request.path.partition("?")[2])
     return next((query[name][0] for name in _CREDENTIAL_PARAMETERS if name in query), "")
 
 
@@ -84,6 +88,7 @@ def exchange(
     key: bytes,
     *,
     request_body: bytes | None = None,
+    request_encoding: str | None = None,
     response_body: bytes | None = None,
     hints: Hints | None = None,
     principal_id: str | None = None,
@@ -110,7 +115,7 @@ def exchange(
         principal=principal_id or principal(request, key),
         hints=hints or hints_from_headers(request.headers),
         request_body=body,
-        request_encoding=request.headers.get("content-encoding", ""),
+        request_encoding=request.headers.get("content-encoding", "") if request_encoding is None else request_encoding,
         status_code=(response.status_code or None) if response else None,  # HAR writes 0 for "no response"
         response_body=answer,
         response_encoding=response.headers.get("content-encoding", "") if response else "",

@@ -25,7 +25,13 @@ from metaclaw_core.redact import redact_path
 
 MAX_KEYS = 64
 REFUSALS = (401, 429)  # and everything from 500
-_LOGIN_HEADERS = ("chatgpt-account-id", "copilot-integration-id", "x-amz-date", "x-goog-user-project", "x-amz-security-token")
+_LOGIN_HEADERS = (
+    "chatgpt-account-id",
+    "copilot-integration-id",
+    "x-amz-date",
+    "x-goog-user-project",
+    "x-amz-security-token",
+)
 
 
 class CallerKeys:

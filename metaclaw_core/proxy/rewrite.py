@@ -24,16 +24,19 @@ from metaclaw_core.agents import identify
 from metaclaw_core.agents.base import Identity, Prior
 from metaclaw_core.errors import SpliceError, WireError
 from metaclaw_core.model import Hints, Injection, Kind, Request, Role
+from metaclaw_core.prefix import Known
+from metaclaw_core.proxy.continuation import Continuations, Seen
 from metaclaw_core.proxy.sessions import MAX_TEXTS, Sessions, SessionSink, SessionState, session_key
 from metaclaw_core.redact import redact_text
 from metaclaw_core.settings import Settings
 from metaclaw_core.skills.index import Hit, Index
 from metaclaw_core.skills.inject import Block, SkillText, plan
-from metaclaw_core.skills.retrieve import Options, create_retriever
+from metaclaw_core.skills.retrieve import Options, Retriever, create_retriever
 from metaclaw_core.wire import splice
-from metaclaw_core.wire.base import Dialect
+from metaclaw_core.wire.base import Dialect, Slot
 
 _SERVED = (Kind.MAIN, Kind.TOOL, Kind.SUBAGENT)
+_TOUCH_SECONDS = 60.0
 RETRIEVAL_SECONDS = 2.0  # a client waits no longer for its skills, whatever the retriever
 _LISTED = re.compile(r"<name>([^<\n]{1,64})</name>")
 
@@ -57,12 +60,14 @@ def prior_of(identity: Identity) -> Prior:
 class Rewriter:
     """`rewrite` is a coroutine for the sake of retrievers that ask over the network; the default never waits."""
 
-    def __init__(self, settings: Settings, sessions: Sessions, sink: SessionSink) -> None:
-        """Raises ConfigError for an unknown retrieval mode."""
+    def __init__(
+        self, settings: Settings, sessions: Sessions, sink: SessionSink, retriever: Retriever | None = None
+    ) -> None:
+        """`retriever`: in place of the settings' own. Raises ConfigError for an unknown retrieval mode."""
         self._skills = settings.skills
         self._sessions = sessions
         self._sink = sink
-        self._retriever = create_retriever(
+        self._retriever = retriever or create_retriever(
             self._skills.retrieval_mode,
             Options(
                 task_specific_top_k=self._skills.task_specific_top_k,
@@ -72,6 +77,8 @@ class Rewriter:
             ),
         )
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._continuations = Continuations()
+        self.patience = RETRIEVAL_SECONDS
         self.note: str | None = None  # why the last retrieval fell back to TF-IDF, or failed
 
     async def aclose(self) -> None:
@@ -81,6 +88,15 @@ class Rewriter:
         self, dialect: Dialect, body: bytes, path: str, hints: Hints, principal: str, index: Index | None
     ) -> Rewritten:
         """`body` is decoded. Never raises for what a client sends."""
+        turn = f"{dialect.name} {principal} {hints.trace_id}" if hints.trace_id else None
+        seen = self._continuations.next_of(turn, body) if turn else None
+        if seen is not None and (state := self._sessions.get(seen.session)) is not None:
+            if not state.block or not self._skills.enabled:
+                self._touch(seen.session, state, seen.messages)
+                return Rewritten(None, "nothing to add", seen.identity, seen.session)
+            if seen.slot is not None:
+                self._touch(seen.session, state, seen.messages)
+                return _injected(body, seen.slot, seen, state)
         try:
             request = dialect.parse_request(body, path)
         except WireError:
@@ -92,18 +108,27 @@ class Rewriter:
         # One at a time for each session: two first requests side by side must not choose two blocks.
         async with self._locks.setdefault(key, asyncio.Lock()):
             state = await self._plan(key, request, identity, index)
-        if not state.block or not self._skills.enabled:
-            return Rewritten(None, "nothing to add", identity, key)
-        try:
-            slot = dialect.system_slot(body)
-            if splice.has_block(body, slot):
-                return Rewritten(None, "passed: injected already", identity, key)
-            text = splice.render_block(state.block)
-            new = splice.insert(body, slot, text)
-        except SpliceError as e:
-            return Rewritten(None, "passed: no proven place for a block", identity, key, detail=str(e))
-        injection = Injection(text=state.block, skills=tuple(state.skills), index_generation=state.generation)
-        return Rewritten(new, None, identity, key, injection)
+        slot = None
+        adds = bool(state.block) and self._skills.enabled
+        if adds:
+            try:
+                slot = dialect.system_slot(body)
+                if splice.has_block(body, slot):
+                    return Rewritten(None, "passed: injected already", identity, key)
+            except SpliceError as e:
+                return Rewritten(None, "passed: no proven place for a block", identity, key, detail=str(e))
+        seen = Seen(Known(body), identity, key, slot, len(request.messages))
+        if turn and not request.previous_response_id:
+            self._continuations.remember(turn, seen)
+        return _injected(body, slot, seen, state) if slot else Rewritten(None, "nothing to add", identity, key)
+
+    def _touch(self, key: str, state: SessionState, messages: int) -> None:
+        """A request that changes nothing but these two; the file may lag behind by a minute."""
+        now = time.time()
+        stale = now - state.used_at > _TOUCH_SECONDS
+        state.messages, state.used_at = messages, now
+        if stale:
+            self._sessions.put(key, state, self._sink)
 
     async def _plan(self, key: str, request: Request, identity: Identity, index: Index | None) -> SessionState:
         now = time.time()
@@ -126,10 +151,11 @@ class Rewriter:
             if not request.previous_response_id:
                 state.mark = identity.history_mark
             state.texts = [redact_text(text[:2000]) for text in texts[-MAX_TEXTS:]]
-        if not request.previous_response_id:
-            state.messages = len(request.messages)
-        state.used_at = now
-        self._sessions.put(key, state, self._sink)
+            state.used_at = 0.0  # changed: to be saved
+        messages = state.messages if request.previous_response_id else len(request.messages)
+        if self._sessions.get(key) is None:
+            state.used_at = 0.0
+        self._touch(key, state, messages)
         return state
 
     def _epoch_ended(self, state: SessionState, request: Request, identity: Identity, index: Index, now: float) -> bool:
@@ -146,7 +172,7 @@ class Rewriter:
     async def _found(self, texts: list[str], index: Index) -> Sequence[Hit]:
         """The skills for these turns; none where the retriever fails, and the session keeps the block it has."""
         try:
-            async with asyncio.timeout(RETRIEVAL_SECONDS):
+            async with asyncio.timeout(self.patience):
                 found = await self._retriever.retrieve(texts, index, self._skills.top_k)
         except Exception as e:  # noqa: BLE001 - the boundary to retrievers, which needn't be ours
             self.note = f"retrieval failed: {e!r}"
@@ -170,6 +196,15 @@ class Rewriter:
         if block.inner != state.block:
             state.block, state.skills, state.appends = block.inner, list(block.skills), block.appends
             state.generation = index.generation
+
+
+def _injected(body: bytes, slot: Slot, seen: Seen, state: SessionState) -> Rewritten:
+    try:
+        new = splice.insert(body, slot, splice.render_block(state.block))
+    except SpliceError as e:
+        return Rewritten(None, "passed: no proven place for a block", seen.identity, seen.session, detail=str(e))
+    injection = Injection(text=state.block, skills=tuple(state.skills), index_generation=state.generation)
+    return Rewritten(new, None, seen.identity, seen.session, injection)
 
 
 def _digest(text: str) -> str:

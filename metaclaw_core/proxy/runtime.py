@@ -40,6 +40,7 @@ class Flight:
     hints: Hints
     principal: str
     body: bytes | None = None  # the client's own body as it arrived (encoded as it was); None: not seen yet
+    encoding: str | None = None
     tee: Tee | None = None
     injection: Injection | None = None
     identity: Identity | None = None

@@ -29,7 +29,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from metaclaw_core.agents import identify
 from metaclaw_core.agents.base import Identity, Prior
 from metaclaw_core.agents.openclaw import conversation_of
-from metaclaw_core.model import Exchange, Json, Kind, Message, Request, Role
+from metaclaw_core.model import Exchange, Json, Kind, Message, Request, Response, Role
 from metaclaw_core.store.chain import blob_id, chain_ids, message_id, pack_message
 from metaclaw_core.store.queries import add_to_counter, insert_new, insert_one, known_messages, load_chain
 from metaclaw_core.store.reading import Reading
@@ -121,8 +121,8 @@ class Ingest:
 
     def _store(self, reading: Reading) -> _Seen:
         exchange, request = reading.exchange, reading.request
-        row = _exchange_columns(reading)
-        if request is None:
+        row = _exchange_columns(reading) | _response_columns(reading.response)
+        if request is None:  # the answer, if there is one, follows no conversation
             return _Seen(self._insert_turn(row), 0)
         prior = self._prior(exchange.principal, request.previous_response_id)
         identity = identify(request, exchange.hints, _as_prior(prior))
@@ -151,7 +151,7 @@ class Ingest:
             "index_generation": reading.injected.index_generation if reading.injected else None,
             "retry": identity.retry or repeats,
         }
-        row |= self._response_columns(reading, chain.tip)
+        row |= self._answer(reading.response, chain.tip)
         return _Seen(self._insert_turn(row), identity.unknown_preambles)
 
     def _turn_id(
@@ -175,29 +175,18 @@ class Ingest:
     def _insert_turn(self, row: dict[str, Any]) -> bool:
         return insert_one(self._db, turns, row)
 
-    def _response_columns(self, reading: Reading, prompt_tip: str | None) -> dict[str, Any]:
-        response = reading.response
-        if response is None:
-            return {}
-        columns: dict[str, Any] = {
-            "response_id": plain(response.id),
-            "response_model": plain(response.model),
-            "stop_reason": response.stop_reason.value if response.stop_reason else None,
-            "raw_stop_reason": plain(response.raw_stop_reason),
-            "response_extra": dict(response.extra) or None,
-        }
-        if response.usage is not None:
-            columns |= {name: _count(getattr(response.usage, name)) for name in USAGE}
-        message = response.message
+    def _answer(self, response: Response | None, prompt_tip: str | None) -> dict[str, Any]:
+        """Put the answer behind its prompt; the columns that say where it is."""
+        message = response.message if response is not None else None
         if message is None:
-            return columns
+            return {}
         tip = message_id(prompt_tip, message)
         content = pack_message(message)
+        columns: dict[str, Any] = {"response_tip": tip}
         if tip in self._known or not self._put_answer(tip, prompt_tip, content):
             stored = self._db.scalar(select(messages.c.content).where(messages.c.id == tip))
             columns["response"] = None if stored == content else content
-        calls = [{"name": c.name, "arguments": c.arguments, "id": c.id} for c in message.tool_calls]
-        return columns | {"response_tip": tip, "assistant_text": message.text or None, "tool_calls": calls or None}
+        return columns
 
     # --- content --------------------------------------------------------------------------------
 
@@ -363,6 +352,25 @@ def _exchange_columns(reading: Reading) -> dict[str, Any]:
         "duration_ms": exchange.duration_ms,
         "live": exchange.live,
     }
+
+
+def _response_columns(response: Response | None) -> dict[str, Any]:
+    """What the answer alone decides."""
+    if response is None:
+        return {}
+    columns: dict[str, Any] = {
+        "response_id": plain(response.id),
+        "response_model": plain(response.model),
+        "stop_reason": response.stop_reason.value if response.stop_reason else None,
+        "raw_stop_reason": plain(response.raw_stop_reason),
+        "response_extra": dict(response.extra) or None,
+    }
+    if response.usage is not None:
+        columns |= {name: _count(getattr(response.usage, name)) for name in USAGE}
+    if (message := response.message) is not None:
+        calls = [{"name": c.name, "arguments": c.arguments, "id": c.id} for c in message.tool_calls]
+        columns |= {"assistant_text": message.text or None, "tool_calls": calls or None}
+    return columns
 
 
 def _is_the_databases(e: Exception) -> bool:

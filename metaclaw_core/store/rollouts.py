@@ -29,9 +29,13 @@ from metaclaw_core.store.ingest import USAGE, Ingest, IngestReport
 from metaclaw_core.store.queries import MANY, load_chain, upsert
 from metaclaw_core.store.reading import read
 from metaclaw_core.store.tables import blobs, counters, leases, messages, sessions, turns
+from metaclaw_core.store.types import plain
 from metaclaw_core.store.verify import VerifyReport, verify
 
 _PAGE = 500
+_WITH_SESSION = select(turns, sessions.c.session_id, sessions.c.session_key).outerjoin(
+    sessions, sessions.c.id == turns.c.session
+)
 
 
 class State(StrEnum):
@@ -74,11 +78,10 @@ class Store:
     def ingest(self, exchanges: Sequence[Exchange], *, redacted: bool = False) -> IngestReport:
         """Store what is new among `exchanges`, in one transaction; the caller may then forget them.
 
-        `redacted` says that they come from a spool, which has replaced secrets already. Those named in the report's `failed` are not in the store; all others are.
+        `redacted` says that they come from a spool, which has replaced secrets already. Those named in the
+        report's `failed` are not in the store; all others are.
         """
-        readings = [
-            read(exchange, redacted=redacted) for exchange in exchanges
-        ]  # parsing takes time, and a write lock is dear
+        readings = [read(exchange, redacted=redacted) for exchange in exchanges]  # before the write lock: it takes time
         with self._write() as connection:
             return Ingest(connection).run(readings)
 
@@ -110,12 +113,11 @@ class Store:
             if value is not None
         ]
         if session is not None:
-            wanted.append(or_(sessions.c.session_id == session, sessions.c.id == session))
+            name = plain(session)  # as ingest stores it: long ones are cut, what no column takes is replaced
+            wanted.append(or_(sessions.c.session_id == name, sessions.c.id == name))
         if since is not None:
             wanted.append(turns.c.started_at >= since)
-        query = select(turns, sessions.c.session_id, sessions.c.session_key).outerjoin(
-            sessions, sessions.c.id == turns.c.session
-        )
+        query = _WITH_SESSION
         if limit is not None:
             newest = (
                 select(turns.c.id)
@@ -156,9 +158,10 @@ class Store:
             query = select(sessions).order_by(sessions.c.first_at, sessions.c.id)
             if principal is not None:
                 query = query.where(sessions.c.principal == principal)
-            for row in connection.execute(query).all():
-                of_kind = kinds.get(row.id, {})
-                yield {**row._mapping, "turns": sum(of_kind.values()), "kinds": of_kind}
+            found = connection.execute(query).all()
+        for row in found:  # nothing is held open while the caller works
+            of_kind = kinds.get(row.id, {})
+            yield {**row._mapping, "turns": sum(of_kind.values()), "kinds": of_kind}
 
     def conversation(self, tip: str | None) -> tuple[Message, ...]:
         """The messages that end with `tip` (a row's `prompt_tip` or `response_tip`), oldest first."""
@@ -207,10 +210,11 @@ class Store:
                 connection.execute(
                     update(turns).where(turns.c.id.in_(some)).values(claimed_by=owner, claim_expires_at=now + lease_s)
                 )
-            query = select(turns, sessions.c.session_id, sessions.c.session_key).outerjoin(
-                sessions, sessions.c.id == turns.c.session
-            )
-            rows = [row for some in batched(ids, MANY) for row in connection.execute(query.where(turns.c.id.in_(some)))]
+            rows = [
+                row
+                for some in batched(ids, MANY)
+                for row in connection.execute(_WITH_SESSION.where(turns.c.id.in_(some)))
+            ]
         return [_turn(row) for row in sorted(rows, key=lambda row: (row.started_at, row.id))]
 
     def move(

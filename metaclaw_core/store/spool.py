@@ -22,16 +22,19 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import zstandard
+
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import MetaClawError, StoreError
-from metaclaw_core.model import Exchange, Hints, Injection
-from metaclaw_core.redact import redact, redact_path, redact_text
+from metaclaw_core.model import Exchange, Hints, Injection, Json
+from metaclaw_core.redact import Redactor, redact, redact_path, redact_text
 from metaclaw_core.wire.jsonio import dumps, loads_object
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ FORMAT = 1
 NOT_STORED = "bodies not stored: "  # begins `Exchange.error` where a body could not be searched for secrets
 MAX_BATCH_BYTES = 64 * 1024 * 1024
 _BODIES = ("request_body", "response_body")
+_HEAD = tuple(f.name for f in dataclass_fields(Exchange) if f.name not in _BODIES)
+_ZIP_FROM = 4096  # bytes
+_ZIP = zstandard.ZstdCompressor(level=-5)  # fastest: the row lives for seconds
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS exchanges (
@@ -59,15 +65,18 @@ class SpoolError(StoreError):
 # --- redaction --------------------------------------------------------------------------------
 
 
-def redacted(exchange: Exchange) -> Exchange:
+type Search = Callable[[bytes], tuple[bytes, int]]  # `redact.redact` or `Redactor.redact`
+
+
+def redacted(exchange: Exchange, search: Search = redact) -> Exchange:
     """The exchange as it may reach the disk. Never raises.
 
     A body with a content-encoding is decoded to be searched. The raw bytes are kept only if all of it
     could be decoded and held no secret; else the decoded, redacted bytes with encoding "".
     """
     try:
-        request, request_encoding = _redacted_body(exchange.request_body, exchange.request_encoding)
-        response, response_encoding = _redacted_body(exchange.response_body, exchange.response_encoding)
+        request, request_encoding = _redacted_body(exchange.request_body, exchange.request_encoding, search)
+        response, response_encoding = _redacted_body(exchange.response_body, exchange.response_encoding, redact)
         return replace(
             exchange,
             path=redact_path(exchange.path),
@@ -90,26 +99,42 @@ def redacted(exchange: Exchange) -> Exchange:
         )
 
 
-def _redacted_body(data: bytes, encoding: str) -> tuple[bytes, str]:
+def _redacted_body(data: bytes, encoding: str, search: Search) -> tuple[bytes, str]:
     if not encoding or not data:
-        return redact(data)[0], ""
+        return search(data)[0], ""
     decoded, complete = decode_body(data, encoding)
-    clean, count = redact(decoded)
+    clean, count = search(decoded)
     return (data, encoding) if complete and not count else (clean, "")
 
 
 # --- rows -------------------------------------------------------------------------------------
 
 
-def head_of(exchange: Exchange) -> str:
+def head_of(exchange: Exchange, **more: Json) -> str:
     """Every field but the bodies, as ASCII JSON."""
-    head = asdict(replace(exchange, request_body=b"", response_body=b""))
-    return dumps({k: v for k, v in head.items() if k not in _BODIES})
+    head = {name: getattr(exchange, name) for name in _HEAD}
+    hints, injection = exchange.hints, exchange.injection
+    head["hints"] = asdict(hints)
+    head["injection"] = injection and asdict(injection)
+    return dumps(head | more)
+
+
+def row_of(exchange: Exchange) -> tuple[str, bytes, bytes]:
+    """(head, request body, response body) as they are stored: large bodies are compressed, for writing megabytes
+    of history that barely changes costs more than compressing it."""
+    zipped = [name for name in _BODIES if len(getattr(exchange, name)) >= _ZIP_FROM]
+    bodies = [_ZIP.compress(body) if name in zipped else body for name in _BODIES for body in (getattr(exchange, name),)]
+    return head_of(exchange, zipped=zipped), bodies[0], bodies[1]
 
 
 def exchange_of(head: str, request_body: bytes, response_body: bytes) -> Exchange:
     """The reverse of `head_of`. Raises WireError, TypeError or KeyError for what is no exchange."""
     fields = loads_object(head, "spool row")
+    zipped = fields.pop("zipped", ())
+    if "request_body" in zipped:
+        request_body = zstandard.decompress(request_body)
+    if "response_body" in zipped:
+        response_body = zstandard.decompress(response_body)
     injection = fields.pop("injection", None)
     if injection is not None:
         injection = Injection(**{**injection, "skills": tuple(injection["skills"])})
@@ -186,6 +211,7 @@ class SpoolWriter(_Spool):
     """
 
     def __init__(self, path: Path) -> None:
+        self._redactor = Redactor()
         with _typed(path, "opened"), contextlib.ExitStack() as undo:
             create_private(path)
             self._lock = _lock(path)
@@ -212,9 +238,13 @@ class SpoolWriter(_Spool):
             os.close(self._lock)
             self._lock = None
 
+    def _search(self, exchange: Exchange) -> Search:
+        caller = f"{exchange.dialect} {exchange.principal}"
+        return lambda data: self._redactor.redact(data, f"{caller} {exchange.hints.trace_id}", caller)
+
     def append(self, exchanges: Sequence[Exchange]) -> None:
         """All of them in one transaction, redacted. Raises SpoolError, and then none is stored."""
-        rows = [(head_of(e), e.request_body, e.response_body) for e in map(redacted, exchanges)]
+        rows = [row_of(redacted(exchange, self._search(exchange))) for exchange in exchanges]
         with _typed(self.path, "written"), self._transaction():
             self._db.executemany("INSERT INTO exchanges (head, request_body, response_body) VALUES (?, ?, ?)", rows)
 

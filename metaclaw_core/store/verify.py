@@ -1,6 +1,6 @@
 """Is the store what it says it is? Every hash derived again, every reference followed.
 
-A hash that doesn't fit its content means damage, or a change to `chain.canonical_parts` without a new
+A hash that doesn't fit its content means damage, or a change to `chain.canonical_pieces` without a new
 prefix; a missing parent means that something was deleted from under a conversation. Nothing is repaired.
 
 Limits: reads every message once; the whole takes about as long as reading the file.

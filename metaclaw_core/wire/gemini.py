@@ -73,6 +73,7 @@ _CANDIDATE: Final = frozenset(("content", "finishReason", "index"))
 _USAGE: Final = frozenset(
     ("promptTokenCount", "cachedContentTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
 )
+_CALL: Final = frozenset(("name", "args", "id"))
 _BESIDE: Final = frozenset(("thought", "thoughtSignature", "videoMetadata", "mediaResolution", "partMetadata"))
 _ROLES: Final = {"user": Role.USER, "model": Role.ASSISTANT, "function": Role.USER, "tool": Role.USER}
 _STOP: Final = {
@@ -165,7 +166,10 @@ class Gemini:
 # --- requests and JSON answers ------------------------------------------------------------------
 
 
-def _camel(obj: Mapping[str, Json]) -> dict[str, Json]:
+def _camel(obj: dict[str, Json]) -> dict[str, Json]:
+    """The same fields under camelCase names; the object itself where there is nothing to rename."""
+    if _CAMEL.keys().isdisjoint(obj):
+        return obj
     return {_CAMEL.get(key, key): value for key, value in obj.items()}
 
 
@@ -175,7 +179,7 @@ def _objects(obj: Mapping[str, Json], key: str, where: str) -> list[dict[str, Js
     if value is None:
         return []
     items = value if isinstance(value, list) else [value]
-    return [as_object(item, f"{where}.{key}[{i}]") for i, item in enumerate(items)]
+    return [item if isinstance(item, dict) else as_object(item, f"{where}.{key}[{i}]") for i, item in enumerate(items)]
 
 
 def _messages(content: dict[str, Json], where: str) -> list[Message]:
@@ -184,7 +188,7 @@ def _messages(content: dict[str, Json], where: str) -> list[Message]:
     if role is None:
         raise WireError(f"{where}.role is {word[:40]!r}; known are user, model, function and tool")
     parts = _content_parts(content, where, joined=role is Role.ASSISTANT)
-    extra = rest(content, _CONTENT)
+    extra = {} if content.keys() <= _CONTENT else rest(content, _CONTENT)
     if role is Role.ASSISTANT or not any(isinstance(p, ToolResult) for p in parts):
         return [Message(role, parts, extra)]
     others = tuple(p for p in parts if not isinstance(p, ToolResult))
@@ -199,14 +203,23 @@ def _messages(content: dict[str, Json], where: str) -> list[Message]:
 
 def _content_parts(content: Mapping[str, Json], where: str, *, joined: bool) -> tuple[Part, ...]:
     raw = _objects(content, "parts", where)
+    if len(raw) == 1 and (text := _bare_text(raw[0])):  # the usual case, and there are hundreds of them in a long request
+        return (Text(text),)
     parts = [p for i, item in enumerate(raw) if (p := _part(item, f"{where}.parts[{i}]")) is not None]
-    return tuple(_join(parts)) if joined else tuple(parts)
+    return tuple(_join(parts)) if joined and len(parts) > 1 else tuple(parts)
+
+
+def _bare_text(raw: dict[str, Json]) -> str | None:
+    """The text of a part that has nothing else."""
+    text = raw.get("text") if len(raw) == 1 else None
+    return text if isinstance(text, str) else None
 
 
 def _part(raw: dict[str, Json], where: str) -> Part | None:
     """One part; None if there is nothing in it."""
-    if len(raw) == 1 and isinstance(raw.get("text"), str):  # the usual case, hundreds of them in a long request
-        return Text(raw["text"]) if raw["text"] else None
+    bare = _bare_text(raw)
+    if bare is not None:
+        return Text(bare) if bare else None
     obj = _camel(raw)
     thought = bool(optional(obj, "thought", bool, where))
     call = optional(obj, "functionCall", dict, where)
@@ -218,7 +231,7 @@ def _part(raw: dict[str, Json], where: str) -> Part | None:
             name=name,
             arguments=jsonio.dumps(optional(call, "args", dict, where) or {}),
             id=optional(call, "id", str, where),
-            extra=rest(call, ("name", "args", "id")) | rest(obj, ("functionCall",)),
+            extra=rest(call, _CALL) | rest(obj, ("functionCall",)),
         )
     result = optional(obj, "functionResponse", dict, where)
     if result is not None:

@@ -88,17 +88,25 @@ def insert_first(text: str, container: Node, member: str) -> str:
 def remove(text: str, container: Node, member: Member) -> str:
     """`text` without `member`, the blanks before it, and one comma; comments stay."""
     start = member.start
-    while start > container.start + 1 and _BLANK.fullmatch(text[start - 1]):
+    place = container.members.index(member)
+    entry = container.members[place - 1].end if place else container.start + 1
+    while start > entry and _BLANK.fullmatch(text[start - 1]):
         start -= 1
+    if _ends_in_line_comment(text, entry, start):
+        start = member.start  # its line must end, or it would swallow what follows
     comma = _comma(text, member.end, container.end)
     if comma is not None:
         return text[:start] + text[member.end : comma] + text[comma + 1 :]
-    place = container.members.index(member)
     if place:
-        before = _comma(text, container.members[place - 1].end, member.start)
+        before = _comma(text, entry, member.start)
         if before is not None:
             return text[:before] + text[before + 1 : start] + text[member.end :]
     return text[:start] + text[member.end :]
+
+
+def _ends_in_line_comment(text: str, start: int, end: int) -> bool:
+    comments = [found for found in _COMMENT.finditer(text, start, end) if found.end() == end]
+    return any(found.group().startswith("//") for found in comments)
 
 
 def _comma(text: str, start: int, end: int) -> int | None:

@@ -45,7 +45,7 @@ class Write:
         if read(path) != self.before:
             raise StepError(f"{self.path} has changed in the meantime and is left alone: run the command again.")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o755 if self.mode & 0o044 else 0o700, parents=True, exist_ok=True)
             write_atomic(path, self.data, self.mode)
         except OSError as e:
             raise StepError(f"{self.path} can't be written ({e.strerror}): make its folder yours and run the command again.") from e
@@ -79,7 +79,7 @@ class Run:
     def do(self) -> None:
         code, out = run(self.command)
         if code and self.needed:
-            raise StepError(f"{shlex.join(self.command)} failed ({out or f'status {code}'}); what was done before it stays.")
+            raise StepError(f"{shlex.join(self.command)} failed ({last_line(out, code)}); what was done before it stays.")
 
 
 type Step = Write | Remove | Run
@@ -120,15 +120,19 @@ def perform(steps: Sequence[Step]) -> None:
 
 
 def run(command: Sequence[str], seconds: float = _SECONDS) -> tuple[int, str]:
-    """Exit status and the last line it printed; 127 where there is no such command."""
+    """Exit status and what it printed; 127 where there is no such command."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)  # noqa: S603 - our own words
     except FileNotFoundError:
         return 127, f"there is no {command[0]} here"
     except (OSError, subprocess.TimeoutExpired) as e:
         return 126, str(e)
-    printed = (done.stdout + done.stderr).strip().splitlines()
-    return done.returncode, printed[-1] if printed else ""
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def last_line(out: str, code: int) -> str:
+    """What a command said at its end, else its status."""
+    return out.splitlines()[-1] if out else f"status {code}"
 
 
 def _text(data: bytes) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from metaclaw_core.errors import MetaClawError
 from metaclaw_core.wiring import units
-from metaclaw_core.wiring.plan import Run, Step, remove, run, write
+from metaclaw_core.wiring.plan import Run, Step, last_line, remove, run, write
 
 _NOT_FOR_A_SERVICE = ("METACLAW_HOME",)
 
@@ -55,16 +55,16 @@ class Manager:
         if self.launchd:
             return None
         code, out = run(("systemctl", "--user", "show", "--property=Version"), 10)
-        return None if code == 0 else f"systemd's user manager can't be reached ({out or f'status {code}'})"
+        return None if code == 0 else f"systemd's user manager can't be reached ({last_line(out, code)})"
 
     def state(self) -> dict[str, str]:
         """What the manager says of our service; {} if nothing."""
         if self.launchd:
             code, out = run(("launchctl", "print", f"{self._domain}/{units.LABEL}"), 10)
-            return {} if code else {"ActiveState": out}
+            return {} if code else {"ActiveState": "active" if "state = running" in out else "inactive"}
         names = "ActiveState,SubState,UnitFileState,MainPID,NRestarts"
-        code, out = run(("sh", "-c", f"systemctl --user show {units.SERVICE} --property={names} | tr '\\n' ' '"), 10)
-        return {} if code else dict(entry.split("=", 1) for entry in out.split() if "=" in entry)
+        code, out = run(("systemctl", "--user", "show", units.SERVICE, f"--property={names}"), 10)
+        return {} if code else dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
     def install_steps(self, home: Path, gateways: Sequence[str]) -> list[Step]:
         environment = service_environment(home)
@@ -157,4 +157,4 @@ def restart() -> None:
 def _manage(verb: str) -> None:
     code, out = run(("systemctl", "--user", verb, units.SERVICE))
     if code:
-        raise MetaClawError(f"systemctl --user {verb} {units.SERVICE} failed ({out or f'status {code}'}); `metaclaw service status` says more.")
+        raise MetaClawError(f"systemctl --user {verb} {units.SERVICE} failed ({last_line(out, code)}); `metaclaw service status` says more.")

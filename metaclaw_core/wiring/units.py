@@ -124,8 +124,14 @@ def read_environment_file(text: str) -> dict[str, str]:
     for line in text.splitlines():
         name, separator, value = line.strip().removeprefix("export ").partition("=")
         if separator and name and name[0] not in "#;":
-            found[name.strip()] = " ".join(_words(value)) if value[:1] in ("'", '"') else value.strip()
+            found[name.strip()] = _unquoted(value.strip())
     return found
+
+
+def _unquoted(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        return re.sub(r"\\(.)", r"\1", value[1:-1])
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] == "'" else value
 
 
 def gateway_name(asked: str | None, environment: Mapping[str, str], found: Sequence[str]) -> str:

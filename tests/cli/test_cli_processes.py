@@ -82,6 +82,9 @@ def test_the_path_of_a_person_setup_start_use_look_restart_stop(metaclaw):
     assert metaclaw("config", "proxy.websocket", "pass").returncode == 0
     assert "after `metaclaw restart`" in metaclaw("config", "proxy.intercept", "llm").stdout
 
+    broken = metaclaw("restart", METACLAW_PROXY_PORT="x")
+    assert broken.returncode == 1
+    assert metaclaw.status()["pid"] == pid  # not stopped for a start that can't succeed
     restarted = metaclaw("restart")
     assert restarted.returncode == 0, restarted.stderr
     status = metaclaw.status()
@@ -154,7 +157,7 @@ def test_run_says_what_cannot_be_run_before_it_starts_anything(cli, metaclaw_hom
 def test_stop_lets_an_open_stream_end_and_says_so_where_it_could_not(metaclaw, grace, whole):
     port = free_port()
     assert metaclaw("start", "-d", "--port", str(port)).returncode == 0
-    with ScriptedLLM(lambda _: Script(pieces=12, every=0.25)) as llm:
+    with ScriptedLLM(lambda _: Script(text="x" * (24 if whole else 400), pieces=400, every=0.25)) as llm:
         got: list[bytes] = []
         body = json.dumps(json.loads(BODY) | {"stream": True}).encode()
         head = f"POST {llm.url}/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{llm.port}\r\nContent-Type: application/json\r\n"

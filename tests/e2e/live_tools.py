@@ -101,7 +101,9 @@ def quiet_proxy(folder: Path, kit: Kit, *arguments: str, script: str = QUIET) ->
 
 
 def control(proxy: Proxy, command: str = "status", **arguments: Any) -> dict[str, Any]:
-    return call(eventually(lambda: _running(proxy)), command, **arguments)
+    found = eventually(lambda: _running(proxy) or proxy.process.poll() is not None, 30)
+    assert isinstance(found, RunningProxy), f"the proxy has ended ({proxy.process.returncode}):\n{proxy.output()}"
+    return call(found, command, **arguments)
 
 
 def _running(proxy: Proxy) -> RunningProxy | None:

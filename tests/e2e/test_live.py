@@ -38,6 +38,7 @@ from live_tools import (  # kit is a fixture
 from mitmproxy import http as mitm
 from mitmproxy import io as mitm_io
 
+from metaclaw_core.skills.indexfile import load_index
 from metaclaw_core.testing import Script, ScriptedLLM
 from metaclaw_core.wire import find_route, splice
 
@@ -101,7 +102,7 @@ def proxy(tmp_path_factory, kit):  # noqa: F811
         yield running
     log = running.output()
     assert "Traceback" not in log
-    assert "failed" not in log
+    assert "failed; the flow passes" not in log
 
 
 def without_length(headers):
@@ -540,6 +541,38 @@ def test_the_script_can_be_saved_while_a_stream_is_running(tmp_path, kit):  # no
         log = proxy.output()
     assert not [line for line in log.splitlines() if "rror" in line or "Traceback" in line], log
     assert [row["assistant_text"] for row in turns(proxy.home)] == ["word " * 60] * 2
+
+
+SKILL = """---
+name: {name}
+description: How we water the {plant} in the greenhouse.
+---
+Water the {plant} at dawn.
+"""
+
+
+def test_options_reach_the_worker_and_a_changed_configuration_reaches_it_on_reload(tmp_path, kit, llms):  # noqa: F811
+    home = prepare(tmp_path, kit)
+    for name in ("orchids", "cacti"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "SKILL.md").write_text(SKILL.format(name=name, plant=name))
+    url, body = llms["http"].url + "/v1/chat/completions", chat("How do we water the orchids in the greenhouse?")
+    with running_proxy(tmp_path, "-s", str(SCRIPT), "--set", f"metaclaw_skills_dir={tmp_path / 'orchids'}") as proxy:
+        eventually(lambda: load_index(home / "skills.index").skill("orchids"), 30)  # by the worker
+        eventually(lambda: control(proxy)["skills"]["generation"] == load_index(home / "skills.index").generation)
+        post(url, body, proxy)
+        assert b"### orchids" in llms["http"].received[-1].body
+        first = control(proxy)["children"][0]["pid"]
+        (home / "config.yaml").write_text(f"skills:\n  extra_dirs: [{tmp_path / 'cacti'}]\n")
+        assert control(proxy, "reload") == {"reloaded": True}
+        eventually(lambda: load_index(home / "skills.index").skill("cacti"), 30)
+        assert load_index(home / "skills.index").skill("orchids")
+        child = control(proxy)["children"][0]
+        assert child["pid"] != first
+        assert child["restarts"] == 0
+        (home / "config.yaml").write_text("skills: {top_k: 999}")
+        assert "skills.top_k = 999 is not allowed" in control(proxy, "reload")["error"]
+        assert control(proxy)["children"][0]["pid"] == child["pid"]
 
 
 @pytest.mark.parametrize("question", ["--options", "--commands"])

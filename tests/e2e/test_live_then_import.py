@@ -120,7 +120,6 @@ def test_the_file_alone_gives_the_turns_that_were_recorded_live(tmp_path, kit, m
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the record loses the content-encoding of a request that was rewritten")
 def test_a_compressed_request_is_recorded_as_what_the_client_said(tmp_path, kit, metaclaw):  # noqa: F811
     """It is sent on as identity with the block in it; what is recorded are the client's own bytes, searched for secrets."""
     saved, body = tmp_path / "saved.mitm", gzip.compress(chat(f"{GIT} My key is {SECRET}", stream=True))

@@ -31,6 +31,7 @@ READ_BY_CODE = 'TOOL:exec {"code":"text(await read({path:\\"notes.txt\\"}))"} EN
 SPAWN = 'TOOL:tool_call {"id":"sessions_spawn","args":{"task":"Write a polite email to the customer."}} END'
 SPAWN_BY_CODE = 'TOOL:exec {"code":"text(await sessions_spawn({task:\\"Write a polite email to the customer.\\"}))"} END'
 SECTIONS = ("Decisions", "Open TODOs", "Constraints/Rules", "Pending user asks", "Exact identifiers")
+PASTE = " 7f3a91 bc04de 55aa10 e8d2c4"  # words of no skill
 BY_ITSELF = ("Follow the heartbeat monitor", "A background task completed")
 
 
@@ -120,6 +121,8 @@ def test_the_llm_gets_the_clients_request_and_one_block_that_stays_the_same(stag
     for pair in pairs:
         assert pair.got.header(name) == value
         assert pair.got.body.count(b'"cache_control"') == pair.sent.body.count(b'"cache_control"') <= 4
+    if model == "anthropic/claude-opus-4-6":
+        assert [pair.got.body.count(b'"cache_control"') for pair in pairs] == [3, 3, 4]  # the API's limit is 4
     if model == RESPONSES:
         assert ["previous_response_id" in pair.got.json() for pair in pairs] == [False, True, True]
         assert pairs[1].got.body.count(REBASE.encode()) == 1  # a delta: the history is at the provider
@@ -205,7 +208,7 @@ def test_a_subagent_gets_its_own_block_and_its_announcement_none(stage: Stage, m
 
 def test_a_compaction_gets_nothing_and_the_turn_after_it_chooses_anew(stage: Stage):
     watch, model = Watch(stage), "example/small-1"
-    text = REBASE + " Here is the file:" + " lorem ipsum dolor sit amet" * 800
+    text = REBASE + " Here is the file:" + PASTE * 800
     while watch.turns() == watch.all():
         assert len(watch.all()) < 12, "the history was never compacted"
         stage.post(text, model, "small")
@@ -259,10 +262,11 @@ def test_the_accounting_finds_what_is_repeated_and_leaves_out_what_we_added():
 
 
 def conversation(stage: Stage, session: str) -> None:
-    """30 turns about three things; some answers are long, some turns call a tool."""
+    """30 turns about three things, each with a file pasted in; every fifth calls a tool."""
+    pasted = PASTE * 60
     for subject in (REBASE, SLOW, "Write a polite email to the customer."):
         for n in range(10):
-            stage.post(f"{subject} Part {n}. {READ if n % 5 == 4 else 'LONG:1500'}", CHAT, session)
+            stage.post(f"{subject} Part {n}.{pasted} {READ if n % 5 == 4 else ''}".rstrip(), CHAT, session)
 
 
 KINDS_OF_CONVERSATION = (*["main"] * 5, "tool") * 6
@@ -317,7 +321,7 @@ def test_a_heartbeat_whose_history_is_at_the_provider_gets_nothing_in_its_tool_l
 # --- what all of it left behind -------------------------------------------------------------------
 
 
-EXPECTED = {"agent": "openclaw", "state": "captured", "status_code": 200, "error": None, "live": True, "retry": False}
+EXPECTED = {"agent": "openclaw", "state": "captured", "status_code": 200, "live": True, "retry": False}
 
 
 @pytest.fixture
@@ -366,8 +370,9 @@ def test_the_store_has_every_exchange_once_and_in_the_humans_words(after_all: St
     assert Counter(row["kind"] for row in rows) == kinds
     assert len({row["flow_id"] for row in rows}) == len(rows)
     for row in rows:
-        state = {name: row[name] for name in ("agent", "state", "status_code", "error", "live", "retry")}
-        assert state == EXPECTED, row
+        assert {name: row[name] for name in EXPECTED} == EXPECTED
+        assert row["stop_reason"] == ("tool_calls" if row["tool_calls"] else "stop")
+        assert row["error"] in (None, "Client disconnected.")  # some clients leave at "[DONE]", before the body's end
         if row["kind"] in ("main", "tool"):
             assert row["user_text"] in after_all.said
             assert row["injected"]
@@ -383,9 +388,10 @@ def test_a_capture_of_the_same_traffic_adds_nothing_to_the_store(after_all: Stag
     rows = len(recorded(after_all))
     har = after_all.folder / "flows.har"
     command(after_all, "mitmdump", "-nr", str(after_all.flows), "--set", f"hardump={har}")
-    for capture in (after_all.flows, har):
-        report = json.loads(command(after_all, "metaclaw", "import", "--json", str(capture)))
-        assert (report["new"], report["known"], report["failed"]) == (0, rows, 0)
+    flows, entries = (json.loads(command(after_all, "metaclaw", "import", "--json", str(f))) for f in (after_all.flows, har))
+    assert (flows["new"], flows["known"], flows["failed"]) == (0, rows, 0)
+    assert (entries["new"], entries["failed"]) == (0, 0)
+    assert entries["known"] >= rows  # mitmproxy writes a flow that its client left early twice
     assert len(recorded(after_all)) == rows
     assert json.loads(command(after_all, "metaclaw", "store", "verify", "--json"))["problems"] == []
     after_all.start_proxy()

@@ -32,6 +32,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+def close_rest(engine: RunningEngine) -> None:
+    """The SDK keeps a RestClient's connections for the life of the process; pytest wants them closed at its end."""
+    holder = engine.rest().holder
+    holder.run_coroutine_threadsafe(holder.aclose()).result(30)
+
+
 @pytest.fixture(scope="session")
 def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
     """The real command in a process of its own."""
@@ -48,7 +54,9 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert line, f"the engine ended with {process.wait()}"
         ready = json.loads(line)
         key = Path(ready["key_file"]).read_text().strip()
-        yield RunningEngine(ready["url"], key, ready["model"], home / "engine")
+        running = RunningEngine(ready["url"], key, ready["model"], home / "engine")
+        yield running
+        close_rest(running)
     finally:
         process.terminate()
         process.wait(timeout=30)

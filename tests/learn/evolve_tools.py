@@ -57,7 +57,13 @@ class Talk:
         self.made: list[Exchange] = []
 
     def say(
-        self, text: str, answer: str | None = "Done.", *, call: tuple[str, str] | None = None, after: float = 1.0, **fields: Any
+        self,
+        text: str,
+        answer: str | None = "Done.",
+        *,
+        call: tuple[str, str] | None = None,
+        after: float = 1.0,
+        **fields: Any,
     ) -> Talk:
         """The human speaks; the agent answers, or calls a tool (name, what it brings) first. `answer` None: an error."""
         self.history.append({"role": "user", "content": self._wrapped(text)})
@@ -84,7 +90,11 @@ class Talk:
         return self
 
     def _call(self, name: str, brings: str, *, after: float, **fields: Any) -> None:
-        call = {"id": f"call{len(self.history)}", "type": "function", "function": {"name": name, "arguments": '{"what":"look"}'}}
+        call = {
+            "id": f"call{len(self.history)}",
+            "type": "function",
+            "function": {"name": name, "arguments": '{"what":"look"}'},
+        }
         self._send({"role": "assistant", "content": None, "tool_calls": [call]}, after, fields)
         self.history.append({"role": "tool", "tool_call_id": call["id"], "content": brings})
 
@@ -96,9 +106,19 @@ class Talk:
             "messages": [{"role": "system", "content": SYSTEM}, *self.history],
             "tools": fields.get("tools", TOOLS),
         }
-        choice = {"index": 0, "message": reply, "finish_reason": "tool_calls" if reply and "tool_calls" in reply else "stop"}
+        choice = {
+            "index": 0,
+            "message": reply,
+            "finish_reason": "tool_calls" if reply and "tool_calls" in reply else "stop",
+        }
         usage = {"prompt_tokens": 20_000, "completion_tokens": 100, "total_tokens": 20_100}
-        answer = {"id": f"c{Talk.count}", "object": "chat.completion", "model": "m-1", "choices": [choice], "usage": usage}
+        answer = {
+            "id": f"c{Talk.count}",
+            "object": "chat.completion",
+            "model": "m-1",
+            "choices": [choice],
+            "usage": usage,
+        }
         made = replace(
             _EXCHANGE,
             flow_id=f"flow-{Talk.count}",

@@ -15,7 +15,7 @@ from metaclaw_core.settings import Settings
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.testing import ScriptedLLM
 
-START = 1_795_000_000.0
+START = 1_700_000_000.0  # long ago by any clock: nothing waits for `judge.patience`
 QUICK = Retry(attempts=3, wait_initial=0.01, wait_max=0.02, wait_jitter=0.0)
 
 

@@ -429,6 +429,10 @@ def test_a_judge_elsewhere_needs_its_own_model_name() -> None:
         judge_endpoint(Settings.model_validate({"llm": LLM, "rl": {"prm_url": "https://b.example"}}))
 
 
+def test_a_judge_that_is_switched_off_is_none() -> None:
+    assert judge_endpoint(Settings.model_validate({"llm": LLM, "judge": {"enabled": False}})) is None
+
+
 def test_judge_and_evolver_are_separate() -> None:
     rl = {"evolver_api_base": "https://e.example", "evolver_model": "e", "evolver_api_key": "k"}
     settings = Settings.model_validate({"rl": rl})

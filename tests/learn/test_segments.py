@@ -95,7 +95,7 @@ def test_a_capture_is_learned_from_only_when_asked(store: Store) -> None:
     Talk(live=False).say("Please install the package left-pad.").into(store)
     assert find(store, START + 2 * IDLE) == []
     session = next(iter(store.sessions()))["id"]
-    assert find(store, START + 2 * IDLE, asked=[session]) == [("asked for", 1)]
+    assert find(store, START + 2 * IDLE, asked=[session]) == [("idle", 1)]
 
 
 def test_looking_twice_or_from_two_processes_makes_one_segment(store: Store) -> None:
@@ -121,7 +121,9 @@ def test_a_subagent_belongs_to_the_segment_of_its_parent(store: Store) -> None:
     trace = Hints(trace_id="1" * 32)
     Talk(hints=trace).say("Compare the two libraries for me.", "The second one.").into(store)
     sub = Talk("s-sub", key="agent:main:subagent:42", at=START + 0.2, hints=trace)
-    sub.say("[Subagent Context] You are running as a subagent\n\n[Subagent Task]\nRead both manuals.", "I read them.").into(store)
+    sub.say(
+        "[Subagent Context] You are running as a subagent\n\n[Subagent Task]\nRead both manuals.", "I read them."
+    ).into(store)
     assert find(store, START + 2 * IDLE) == [("idle", 1)]
     with store.reading() as db:
         told = tell(store, db.execute(select(segments)).one())

@@ -61,7 +61,7 @@ def test_no_header_but_what_is_named_reaches_the_record():
     record = exchange(flow)
     assert "canary" not in repr(record)
     assert record.hints.trace_id == "a" * 32
-    assert (record.host, record.port, record.path) == ("LLM.test", 8000, "/v1/chat/completions")
+    assert (record.host, record.port, record.path) == ("llm.test", 8000, "/v1/chat/completions")
     assert record.duration_ms == pytest.approx(250.0)
     assert record.complete
     assert record.response_type == ""

@@ -1,7 +1,8 @@
 import asyncio
+import json
 import os
-import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -29,12 +30,32 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PROBE_FILE", str(tmp_path / "told"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     return tmp_path
 
 
-async def told(folder, count: int) -> list[dict[str, object]]:
-    import json
+@pytest.fixture
+async def start(folder):
+    """A child that is started now and gone after the test."""
+    children = []
 
+    def new(home: str = "mc", **environment: str) -> Child:
+        child = Child("probe", folder / home, environment=environment)
+        children.append(child)
+        child.start()
+        return child
+
+    yield new
+    for child in children:
+        child.stop()
+        if child.pid is not None:
+            await ended(child.pid)
+    await asyncio.sleep(0.05)  # asyncio closes its pipes
+
+
+async def told(folder, count: int) -> list[dict[str, object]]:
     file = folder / "told"
     deadline = time.monotonic() + 15
     while not file.exists() or file.read_text().count("\n") < count:
@@ -54,69 +75,58 @@ async def ended(pid: int) -> None:
     raise AssertionError(f"{pid} is still there")
 
 
-async def test_a_child_gets_home_and_variables_but_no_proxy_and_nothing_from_the_current_folder(folder):
-    child = Child("probe", folder / "home", environment={"PROBE": "x"})
-    child.start()
+async def test_a_child_gets_home_and_variables_but_no_proxy_and_nothing_from_the_current_folder(folder, start):
+    child = start(PROBE="x")
     (first,) = await told(folder, 1)
-    assert first["METACLAW_HOME"] == str(folder / "home")
+    assert first["METACLAW_HOME"] == str(folder / "mc")
     assert first["PROBE"] == "x"
     assert first["HTTPS_PROXY"] is first["https_proxy"] is None
     assert first["cwd_on_path"] is False
     assert child.pid == first["pid"]
     child.stop()
     await ended(first["pid"])
-    log = folder / "home" / "logs" / "probe.log"
+    log = folder / "mc" / "logs" / "probe.log"
     assert log.read_text() == "a word\n"
     assert log.stat().st_mode & 0o777 == 0o600
-    assert child.pid is None
 
 
-async def test_a_child_that_dies_comes_back_and_says_so_once(folder, caplog):
-    child = Child("probe", folder / "home", environment={"PROBE": "dies"})
-    child.start()
+async def test_a_child_that_dies_comes_back_and_says_so_once(folder, start, caplog):
+    child = start(PROBE="dies")
     await told(folder, 3)
     assert child.restarts >= 2
     assert child.last_exit == 3
     assert caplog.text.count("the probe ended (status 3); starting it again") == 1
-    child.stop()
 
 
-async def test_a_child_that_is_renewed_starts_again_at_once_with_the_new_variables(folder, caplog):
-    child = Child("probe", folder / "home", environment={"PROBE": "a"})
-    child.start()
+async def test_a_child_that_is_renewed_starts_again_at_once_with_the_new_variables(folder, start, caplog):
+    child = start(PROBE="a")
     await told(folder, 1)
-    began = time.monotonic()
     child.renew({"PROBE": "b"})
     first, second = await told(folder, 2)
-    assert time.monotonic() - began < 5
     assert (first["PROBE"], second["PROBE"]) == ("a", "b")
     await ended(first["pid"])
     assert child.restarts == 0
     assert caplog.text == ""
-    child.stop()
-    await ended(second["pid"])
 
 
 @pytest.mark.parametrize("wait", [0.0, 0.001, 0.02])
-async def test_a_child_that_is_stopped_while_it_starts_does_not_stay(folder, wait):
-    child = Child("probe", folder / "home")
-    child.start()
+async def test_a_child_that_is_stopped_while_it_starts_does_not_stay(start, wait):
+    child = start()
     await asyncio.sleep(wait)
     child.stop()
-    await asyncio.sleep(0.5)
-    assert child.pid is None or await ended(child.pid) is None
+    await asyncio.sleep(0.1)
+    if child.pid is not None:
+        await ended(child.pid)
+    assert child.restarts == 0
 
 
-async def test_a_command_that_can_not_be_started_is_named_and_tried_again(folder, caplog):
-    (folder / "home").touch()  # no folder for the log
-    child = Child("probe", folder / "home")
-    child.start()
+async def test_a_command_that_can_not_be_started_is_named_and_traffic_goes_on(folder, start, caplog):
+    (folder / "file").touch()  # no folder for the log
+    start("file")
     await asyncio.sleep(0.05)
     assert "the probe can't be started" in caplog.text
-    child.stop()
 
 
 def test_the_package_is_found_from_a_checkout_too(tmp_path):
-    path = child_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0]
-    assert os.path.isdir(os.path.join(path, "metaclaw_core"))
-    assert sys.executable
+    path = Path(child_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0])
+    assert (path / "metaclaw_core").is_dir()

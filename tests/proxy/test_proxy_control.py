@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -56,13 +57,11 @@ async def test_a_line_that_is_no_command_is_answered_and_the_next_one_works(serv
 async def test_a_line_without_end_closes_the_connection(server):
     reader, writer = await asyncio.open_unix_connection(str(server.path))
     writer.write(b"x" * (1 << 20))
-    with pytest.raises(ConnectionError):
+    with contextlib.suppress(ConnectionError):  # reset or closed, as the kernel likes
         assert await reader.read() == b""
-        raise ConnectionError  # closed cleanly is as good as reset
     writer.close()
-    with pytest.raises(ConnectionError):
+    with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
-        raise ConnectionError
 
 
 async def test_socket_and_file_are_private_whatever_the_umask(tmp_path):

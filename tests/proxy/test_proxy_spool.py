@@ -1,4 +1,3 @@
-import os
 import sqlite3
 import threading
 import time
@@ -65,13 +64,15 @@ def test_an_exchange_is_on_disk_within_100_ms_without_a_flush(spool):
 
 
 def test_close_writes_the_rest_and_gives_the_file_up(tmp_path):
-    spool = Spool(tmp_path / "1.db", tmp_path / "sessions.db")
+    folder = tmp_path / "f"
+    folder.mkdir()
+    spool = Spool(folder / "1.db", folder / "sessions.db")
     spool.put(EXCHANGE)
     spool.put_session(("k", b"{}", 1.0))
     spool.close()
     assert ids(spool.path) == ["f"]
     assert not has_owner(spool.path)
-    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o600"}
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o600"}
 
 
 def test_the_last_state_of_a_session_counts(spool, tmp_path):
@@ -155,7 +156,7 @@ def test_a_spool_that_was_removed_is_made_anew(spool):
     spool.put(EXCHANGE)
     assert spool.flush()
     for file in spool.path.parent.iterdir():
-        os.unlink(file)
+        file.unlink()
     spool.put(replace(EXCHANGE, flow_id="g"))
     assert spool.flush()
     assert ids(spool.path) == ["g"]

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from metaclaw_core.errors import StoreError
+from metaclaw_core.model import Hints
 from metaclaw_core.store.db import open_engine
 from metaclaw_core.store.rollouts import State, Store
 
@@ -177,6 +178,14 @@ def test_turns_are_filtered(timed: Store, chat: Any) -> None:
     assert ids(timed.turns(turn_id=last["turn_id"])) == [last["id"]]
     assert ids(timed.turns(state="skipped", kind="main", since=last["started_at"])) == [last["id"]]
     assert ids(timed.turns(session="nobody")) == []
+
+
+def test_a_session_is_found_by_a_name_that_no_column_takes_as_it_is(store: Store, chat: Any) -> None:
+    names = ["s" * 300, "nul \x00 and lone \ud800"]
+    system = {"role": "system", "content": "<!-- openclaw:attempt:STABLE -->"}
+    hi = {"role": "user", "content": "[Mon 2026-11-23 20:38 UTC] hi"}
+    store.ingest([chat(system, hi, hints=Hints(session_id=name)) for name in names])
+    assert [len(list(store.turns(session=name))) for name in (*names, "s" * 299)] == [1, 1, 0]
 
 
 def test_more_turns_than_a_page_all_come(store: Store, chat: Any) -> None:

@@ -1,0 +1,30 @@
+"""Common prefix and suffix of two bodies, against the obvious loop."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metaclaw_core.prefix import Known
+
+BODY = st.binary(max_size=60) | st.integers(0, 3).map(lambda n: b"ab" * 8191 * n + b"c" * n)
+
+
+def naive_prefix(a: bytes, b: bytes) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+@given(BODY, BODY, BODY, BODY)
+def test_prefix_and_suffix_are_those_of_the_obvious_loop(start, a, b, end):
+    one, two = start + a + end, start + b + end
+    known = Known(one)
+    assert known.common_prefix(two) == naive_prefix(one, two)
+    assert known.common_suffix(two, len(one)) == naive_prefix(one[::-1], two[::-1])
+
+
+def test_the_suffix_stops_at_its_limit():
+    assert Known(b"abcabc").common_suffix(b"xbcabc", 3) == 3
+    assert Known(b"").common_suffix(b"x", 5) == 0
