@@ -106,8 +106,8 @@ make_venv() { # KIND; runs under the lock
   local kind=$1
   ! is_ready "$kind" || return 0 # another run made it while this one waited
   if venv_is_whole; then
-    # Whoever has the tools keeps them: installing the runtime alone could leave the tools at stale versions.
-    ! grep -q '^test ' "$STAMP" || kind=test
+    # Whoever has more keeps it: installing the smaller set alone could leave the rest at stale versions.
+    if grep -q '^full ' "$STAMP"; then kind=full; elif [ "$kind" = runtime ] && grep -q '^test ' "$STAMP"; then kind=test; fi
   else
     [ ! -e "$VENV" ] || say "The environment in .venv is not whole: making it anew."
     rm -rf "$VENV"
@@ -123,11 +123,12 @@ make_venv() { # KIND; runs under the lock
   {
     printf 'root %s\npython %s\n' "$ROOT" "$(venv_version)"
     wanted_line runtime
-    if [ "$kind" = test ]; then wanted_line test; fi
+    if [ "$kind" != runtime ]; then wanted_line test; fi
+    if [ "$kind" = full ]; then wanted_line full; fi
   } >"$STAMP.new" && mv "$STAMP.new" "$STAMP"
 }
 
-ensure_venv() { # KIND: runtime or test
+ensure_venv() { # KIND: runtime, test (and the tools), or full (and torch, 5 GB)
   ! is_ready "$1" || return 0
   find_python
   # One run at a time. The lock is on the open file and outlives the Python that takes it; macOS has no flock(1).

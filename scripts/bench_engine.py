@@ -4,7 +4,8 @@
 Measured through the real SDK, long poll included, on a random-weight model made here: sampling 128 tokens after a
 prompt of 512, one request at a time against `generate` and eight at once against one at a time; forward_backward on
 8 × 512 tokens against the same loss in a PyTorch loop with peft. Prompts are new each time, so nothing is reused.
-Rounds alternate between the two sides and medians are compared, because machines are rarely quiet.
+Rounds alternate between the two sides and medians are compared, because machines are rarely quiet; on one shared
+with others --cpu-time (Linux, with --threads 1) compares the processor seconds of both processes instead.
 Needs the extras rl and local, and peft.
 """
 
@@ -44,16 +45,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", context=2048, spread=0.02, **SIZES[options.size])
-        with engine(model, options, Path(folder)) as (url, key):
-            report(options, *measure(model, options, url, key))
+        with engine(model, options, Path(folder)) as (url, key, pid):
+            clock = (lambda: processor_seconds(pid)) if options.cpu_time else time.perf_counter
+            report(options, *measure(model, options, url, key, clock))
 
 
 @contextmanager
-def engine(model: Path, options: argparse.Namespace, home: Path) -> Iterator[tuple[str, str]]:
+def engine(model: Path, options: argparse.Namespace, home: Path) -> Iterator[tuple[str, str, int]]:
     code = "from metaclaw_core.cli.engine import command; command()"
     flags = ["--model", str(model), "--port", "0", "--json", "--device", options.device, "--dtype", options.dtype]
     process = subprocess.Popen(
@@ -65,16 +68,24 @@ def engine(model: Path, options: argparse.Namespace, home: Path) -> Iterator[tup
     try:
         assert process.stdout
         ready = json.loads(process.stdout.readline())
-        yield ready["url"], Path(ready["key_file"]).read_text().strip()
+        yield ready["url"], Path(ready["key_file"]).read_text().strip(), process.pid
     finally:
         process.terminate()
         process.wait()
 
 
+def processor_seconds(pid: int) -> float:
+    """Of this process and of `pid`."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 type Times = dict[str, list[float]]
 
 
-def measure(model: Path, options: argparse.Namespace, url: str, key: str) -> tuple[Times, int]:
+def measure(
+    model: Path, options: argparse.Namespace, url: str, key: str, clock: Callable[[], float]
+) -> tuple[Times, int]:
     os.environ["TINKER_TELEMETRY"] = "0"
     import peft
     import tinker
@@ -146,10 +157,10 @@ def measure(model: Path, options: argparse.Namespace, url: str, key: str) -> tup
     times: Times = {name: [] for name in sides}
     for turn in range(options.rounds + 1):
         for name, run in sides.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     service.close("success").result()
     return times, size
 
@@ -157,7 +168,8 @@ def measure(model: Path, options: argparse.Namespace, url: str, key: str) -> tup
 def report(options: argparse.Namespace, times: Times, size: int) -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{options.threads} CPU threads"
-    print(f"{size / 1e6:.1f} M parameters, {options.dtype}, {where}, {options.rounds} rounds, medians\n")
+    kind = "processor seconds" if options.cpu_time else "seconds"
+    print(f"{size / 1e6:.1f} M parameters, {options.dtype}, {where}, {options.rounds} rounds, medians of {kind}\n")
     rows = [
         ("transformers generate, batch 1", NEW / median["generate"], "tokens/s"),
         ("engine, base model", NEW / median["engine base"], "tokens/s"),

@@ -87,15 +87,13 @@ class LoraLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
+        y = functional.linear(x, self.base.weight, self.base.bias)
         if self.pair is None:
             return y
         a, b = self.pair
         if a.dtype != x.dtype:
             a, b = a.to(x.dtype), b.to(x.dtype)
-        low = functional.linear(x, a)
-        rows = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.t(), alpha=self.scale)
-        return rows.view(y.shape)
+        return torch.add(y, functional.linear(functional.linear(x, a), b), alpha=self.scale)
 
 
 class Lora:

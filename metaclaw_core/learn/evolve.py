@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -31,16 +30,15 @@ from metaclaw_core.errors import WireError
 from metaclaw_core.learn import edits as editing
 from metaclaw_core.learn.admission import Decision, Ground, decide, is_said
 from metaclaw_core.learn.budget import Budget, BudgetExhausted
-from metaclaw_core.learn.caller import CallerClient, most_tokens
+from metaclaw_core.learn.caller import CallerClient
 from metaclaw_core.learn.credentials import Callers, Waiting
 from metaclaw_core.learn.endpoint import evolver_endpoint
 from metaclaw_core.learn.ledger import Step, apply_proposed, propose, set_state
 from metaclaw_core.learn.llm import Completion, LLMClient, LLMRefused, LLMUnavailable
+from metaclaw_core.learn.question import FULL, SMALL, SMALL_ANSWER, SMALLEST, Size, prompt, prompt_tokens, question
 from metaclaw_core.learn.runs import job_lease, recorded
 from metaclaw_core.learn.segments import SegmentFinder
-from metaclaw_core.learn.similar import related
 from metaclaw_core.learn.spans import Source, Told, tell
-from metaclaw_core.learn.transcript import Origin, Section, name_of, render
 from metaclaw_core.model import Json
 from metaclaw_core.providers import is_trusted
 from metaclaw_core.settings import Settings, skills_settings
@@ -56,24 +54,6 @@ _ATTEMPTS = 5
 _RETRY_SECONDS = (60.0, 300.0, 1800.0, 7200.0, 21_600.0)
 _WAIT_SECONDS = 30.0  # a segment that waits for a key or budget is looked at again so often
 _SEGMENTS_AT_ONCE = 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Size:
-    """How much is asked for and shown, in tokens."""
-
-    transcript: int
-    answer: int
-    related: int  # skills named
-    whole: int  # skills shown whole
-    edits: int
-    words: tuple[int, int]
-
-
-_FULL = _Size(6_000, 2_500, 12, 3, editing.MAX_EDITS, (editing.MIN_WORDS, 400))
-_SMALL = _Size(1_500, 900, 0, 0, 1, (editing.MIN_WORDS + 10, 110))
-_SMALLEST = 400  # tokens of transcript; with less the caller's model is not asked
-_SMALL_ANSWER = 500
 
 
 class Asker(Protocol):
@@ -238,18 +218,18 @@ class Evolver:
 
     async def _ask(self, row: Row[Any], told: Told, scan: Scan, tally: Tally) -> tuple[editing.Proposal, str] | Waiting:
         """What the model proposes and which one it was. Raises what `Asker.complete` does, and WireError."""
-        asker, size = self._llm, _FULL
+        asker, size = self._llm, FULL
         if asker is None:
             if self._callers is None:
                 return Waiting("credential", "no LLM is configured")
-            size = _SMALL
-            least = _prompt_tokens(told, scan, _SMALL, _SMALLEST) + _SMALL_ANSWER
+            size = SMALL
+            least = prompt_tokens(told, scan, SMALL, SMALLEST) + SMALL_ANSWER
             borrowed = await asyncio.to_thread(self._callers.borrow, row, least)
             if isinstance(borrowed, Waiting):
                 return borrowed
-            room = borrowed.tokens - (least - _SMALLEST)
-            size = _Size(
-                min(size.transcript, max(_SMALLEST, room)),
+            room = borrowed.tokens - (least - SMALLEST)
+            size = Size(
+                min(size.transcript, max(SMALLEST, room)),
                 size.answer,
                 size.related,
                 size.whole,
@@ -263,13 +243,13 @@ class Evolver:
                 timeout_s=self._settings.llm.timeout_seconds,
                 ssl_context=self._ssl,
             )
-        messages, known = _question(told, scan, size)
+        messages, known = question(told, scan, size)
         self._step("asking")
         tally.asked += 1
         answer = await asker.complete(messages, purpose=PURPOSE, max_tokens=size.answer, json_object=True)
         proposal, faults = _read(answer, known, told)
         if faults:
-            repair = _prompt("evolve_repair.j2", faults=faults)
+            repair = prompt("evolve_repair.j2", faults=faults)
             again = [
                 *messages,
                 {"role": "assistant", "content": answer.text or "{}"},
@@ -368,79 +348,6 @@ class Tally:
             tuple(self._dropped),
             tuple(self.problems),
         )
-
-
-# --- the question -------------------------------------------------------------------------------
-
-
-def _question(told: Told, scan: Scan, size: _Size) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """The messages, and the skills that may be changed: name → body."""
-    transcript = render(_sections(told), size.transcript)
-    known = {skill.name: skill.body for skill in scan.usable}
-    system = _instructions(told, scan, size, transcript.fence)
-    return [{"role": "system", "content": system}, {"role": "user", "content": transcript.text}], known
-
-
-def _instructions(told: Told, scan: Scan, size: _Size, fence: str) -> str:
-    said = "\n".join(span.text for span in told.of(Source.HUMAN))
-    near = related(scan.usable, said, size.related)
-    whole = [skill for skill in near if skill.provenance is not None][: size.whole]
-    lowest, highest = size.words
-    return _prompt(
-        "evolve.j2", fence=fence, skills=near, whole=whole, min_words=lowest, max_words=highest, max_edits=size.edits
-    )
-
-
-def _prompt_tokens(told: Told, scan: Scan, size: _Size, transcript: int) -> int:
-    """At least what a question with `transcript` tokens of conversation takes."""
-    return most_tokens(_instructions(told, scan, size, "0" * 16)) + transcript + 32
-
-
-def _sections(told: Told) -> list[Section]:
-    """The segment for the model: the human's words get most of the room."""
-    out: list[Section] = []
-    outcomes = {outcome.turn: outcome for outcome in told.outcomes}
-    last = max((span.turn for span in told.spans), default=0)
-    for turn in range(1, last + 1):
-        mine = [span for span in told.spans if span.turn == turn]
-        for source, label, origin, share in _SHOWN:
-            texts = [_shown(span.text, span.name, span.failed) for span in mine if span.source in source]
-            if texts:
-                out.append(Section(f"turn {turn}, {label}", origin, "\n".join(texts), share))
-        outcome = outcomes.get(turn)
-        if outcome is not None and (outcome.problem or outcome.score is not None):
-            said = f"no answer: {outcome.problem}" if outcome.problem else f"score {outcome.score:+d}"
-            out.append(Section(f"turn {turn}, how it went", Origin.TOOL, said, 0.2))
-    return out
-
-
-_SHOWN: tuple[tuple[tuple[Source, ...], str, Origin, float], ...] = (
-    ((Source.HUMAN, Source.DOUBTED), "what the user said", Origin.HUMAN, 4.0),
-    ((Source.QUOTED,), "what the user passed on from elsewhere", Origin.TOOL, 0.6),
-    ((Source.ASSISTANT,), "what the agent said", Origin.ASSISTANT, 1.0),
-    ((Source.ACTION,), "what the agent did", Origin.ASSISTANT, 0.8),
-    ((Source.TOOL,), "what the tools brought", Origin.TOOL, 0.6),
-)
-
-
-def _shown(text: str, name: str, failed: bool) -> str:
-    head = f"{name_of(name)}{' (an error)' if failed else ''}: " if name else ""
-    return head + text
-
-
-@cache
-def _environment() -> Any:
-    import jinja2
-
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("metaclaw_core.learn", "prompts"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701 - plain text for a model
-    )
-
-
-def _prompt(name: str, **values: Any) -> str:
-    return str(_environment().get_template(name).render(**values))
 
 
 # --- the answer ---------------------------------------------------------------------------------

@@ -236,12 +236,22 @@ class Stage:
         command += [part for script in scripts for part in ("-s", str(script))]
         command += ["--set", f"record_client={self.client_log}"]
         self._proxy = self._start("mitmdump", command, env, self.proxy_port)
+        self.wait_for(self._proxy_serves)
 
     def stop_proxy(self) -> None:
         assert self._proxy is not None
         self._proxy.send_signal(signal.SIGINT)
         self._proxy.wait(20)
         self._running.remove(self._proxy)
+
+    def _proxy_serves(self) -> bool:
+        """Is a request answered? mitmdump ends after it has opened its port if a script of it can't be loaded."""
+        assert self._proxy is not None
+        assert self._proxy.poll() is None, (self.folder / "mitmdump.log").read_text()[-2000:]
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.reverse_port}/api/version", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
 
     def start_gateway(self) -> None:
         self.gateway = self._start("gateway", [OPENCLAW, "gateway", "run"], self.agent_env(), self.gateway_port)
@@ -307,7 +317,7 @@ class Stage:
                 "x-openclaw-session-key": f"agent:main:{session}",
                 "x-openclaw-model": model,
             },
-            timeout=120,
+            timeout=90,
             trust_env=False,
         )
         assert answer.status_code == 200, answer.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -54,10 +55,8 @@ def test_any_member_can_be_taken_out_and_the_rest_stays_as_it_is(text, data):
 
 @given(st.text(alphabet="{}[]:,\"'\\/*ab01 \n-.", max_size=30))
 def test_no_text_breaks_the_reader(text):
-    try:
-        parse(text)
-    except Json5Error as e:
-        assert "in line" in str(e)
+    with contextlib.suppress(Json5Error):
+        assert parse(text).end <= len(text)
 
 
 @pytest.mark.parametrize(
