@@ -150,7 +150,7 @@ def test_a_python_without_venv_is_named(checkout: Checkout) -> None:
 
 def test_the_first_start_installs_and_the_second_starts_at_once(checkout: Checkout) -> None:
     checkout.python(checkout.bin / "python3")
-    first = checkout.run("scripts/start", "--mode", "rl")
+    first = checkout.run("scripts/start", "--mode", "full")
     assert (first.returncode, first.stdout) == (0, "metaclaw start --mode rl\n")
     assert checkout.asked() == ["venv", RUNTIME, PROJECT]
     begin = time.monotonic()
@@ -231,7 +231,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_a_package_has_one_version_in_all_locks() -> None:
-    runtime, test, rl = pins("runtime"), pins("test"), pins("rl")
+    runtime, test, rl = pins("runtime"), pins("test"), pins("full")
     assert runtime.items() <= test.items()
     assert test.items() <= rl.items()
     assert {"mitmproxy", "hatchling", "editables"} <= runtime.keys()
@@ -240,7 +240,7 @@ def test_a_package_has_one_version_in_all_locks() -> None:
     assert "torch" not in rl
 
 
-@pytest.mark.parametrize("name", ["runtime", "test", "rl"])
+@pytest.mark.parametrize("name", ["runtime", "test", "full"])
 def test_every_pin_of_a_lock_has_a_hash_and_no_host_is_named(name: str) -> None:
     lock = (ROOT / "requirements" / f"{name}.lock").read_text()
     assert "://" not in lock

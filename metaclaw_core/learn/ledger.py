@@ -50,8 +50,8 @@ def apply_proposed(store: Store, library: Library, step: Step) -> list[tuple[str
         edits = [dict(edit) for edit in row.edits]
         for place, edit in enumerate(edits):
             step(f"apply {place}")
-            if mark(row.id, place) not in written:
-                edit["result"] = _apply(library, edit, mark(row.id, place))
+            noted = mark(row.id, place)
+            edit["result"] = "ok" if noted in written else _apply(library, edit, noted)
             done.append((row.id, edit))
         step("applied")
         _set(store, row.id, state="done", edits=edits)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -82,6 +83,9 @@ def acquire(home: Path) -> Runtime:
     """The runtime of `home` in this process, made if there is none. Raises OSError if the folder can't be used."""
     runtime = _RUNTIMES.get(home)
     if runtime is None:
+        # The default of 5 ms is how long a streamed event may wait for the spool's thread, and that thread for the
+        # loop at each of its steps.
+        sys.setswitchinterval(min(sys.getswitchinterval(), 0.001))
         private_dir(home)
         spool_dir = private_dir(home / "spool")
         run_dir = private_dir(home / "run")

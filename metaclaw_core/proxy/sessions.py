@@ -27,6 +27,7 @@ from metaclaw_core.agents.base import Prior
 MAX_SESSIONS = 2000
 MAX_RESPONSES = 8000
 MAX_TEXTS = 8
+_PRUNE_AFTER = 200  # rows
 
 type SessionRow = tuple[str, bytes, float]
 
@@ -121,13 +122,26 @@ class SessionFile:
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             path.replace(path.with_name(path.name + ".damaged"))
             self._db = _open(path)
+        self._db.execute("PRAGMA busy_timeout=0")
+        self._unpruned = _PRUNE_AFTER
 
-    def write(self, rows: Sequence[SessionRow]) -> None:
-        with self._db:
-            self._db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", rows)
-            self._db.execute(
-                "DELETE FROM sessions WHERE key NOT IN (SELECT key FROM sessions ORDER BY used_at DESC LIMIT ?)", (MAX_SESSIONS,)
-            )
+    def write(self, rows: Sequence[SessionRow]) -> bool:
+        """False, at once, if another proxy of this home is writing. Raises sqlite3.Error."""
+        try:
+            with self._db:
+                self._db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", rows)
+                self._unpruned += len(rows)
+                if self._unpruned >= _PRUNE_AFTER:
+                    self._db.execute(
+                        "DELETE FROM sessions WHERE key NOT IN (SELECT key FROM sessions ORDER BY used_at DESC LIMIT ?)",
+                        (MAX_SESSIONS,),
+                    )
+                    self._unpruned = 0
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         self._db.close()
@@ -138,7 +152,7 @@ def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=5, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("PRAGMA synchronous=OFF")  # a cache of choices; and a wait for the disk would hold up the spool
         db.execute("CREATE TABLE IF NOT EXISTS sessions (key TEXT PRIMARY KEY, value BLOB NOT NULL, used_at REAL NOT NULL)")
         db.execute("SELECT count(value) FROM sessions").fetchone()
     except BaseException:

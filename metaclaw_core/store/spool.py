@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from dataclasses import fields as dataclass_fields
+from itertools import batched, chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 NOT_STORED = "bodies not stored: "  # begins `Exchange.error` where a body could not be searched for secrets
 MAX_BATCH_BYTES = 64 * 1024 * 1024
+_ROWS_A_STATEMENT = 64
 _BODIES = ("request_body", "response_body")
 _HEAD = tuple(f.name for f in dataclass_fields(Exchange) if f.name not in _BODIES)
 _ZIP_FROM = 4096  # bytes
@@ -246,7 +248,12 @@ class SpoolWriter(_Spool):
         """All of them in one transaction, redacted. Raises SpoolError, and then none is stored."""
         rows = [row_of(redacted(exchange, self._search(exchange))) for exchange in exchanges]
         with _typed(self.path, "written"), self._transaction():
-            self._db.executemany("INSERT INTO exchanges (head, request_body, response_body) VALUES (?, ?, ?)", rows)
+            for group in batched(rows, _ROWS_A_STATEMENT):
+                # One statement, not `executemany`: each step gives the interpreter away, and beside a busy event
+                # loop the writer waits for milliseconds to get it back.
+                places = ", ".join(["(?, ?, ?)"] * len(group))
+                values = list(chain.from_iterable(group))
+                self._db.execute(f"INSERT INTO exchanges (head, request_body, response_body) VALUES {places}", values)  # noqa: S608
 
 
 class SpoolReader(_Spool):

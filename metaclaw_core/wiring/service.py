@@ -44,6 +44,13 @@ class Manager:
     def installed(self) -> bool:
         return self.file.exists()
 
+    def serves(self, home: Path) -> bool:
+        """Is there a service, and is it for this METACLAW_HOME?"""
+        try:
+            return str(home.absolute()) in self.file.read_text(encoding="utf-8")
+        except OSError:
+            return False
+
     @property
     def log_hint(self) -> str:
         return "see logs/proxy.log in METACLAW_HOME" if self.launchd else f"see journalctl --user -u {units.SERVICE}"

@@ -182,7 +182,7 @@ def test_a_heartbeat_and_its_tool_loop_get_nothing(stage: Stage):
     assert last.block == first.block
 
 
-@pytest.mark.parametrize(("model", "spawn"), [(CHAT, SPAWN), (RESPONSES, SPAWN_BY_CODE)])
+@pytest.mark.parametrize(("model", "spawn"), [(CHAT, SPAWN), (RESPONSES, SPAWN_BY_CODE)], ids=["chat", "responses"])
 def test_a_subagent_gets_its_own_block_and_its_announcement_none(stage: Stage, model: str, spawn: str):
     name = f"parent-{model.partition('/')[0]}"
     stage.call("sessions.patch", key=f"agent:main:{name}", model=model)

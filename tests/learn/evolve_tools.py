@@ -12,6 +12,7 @@ from metaclaw_core.model import Exchange, Hints
 from metaclaw_core.store.rollouts import Store
 
 START = 1_795_466_400.0
+LATER = START + 7200
 PRINCIPAL, OTHER = "a" * 32, "b" * 32
 SYSTEM = (
     "<!-- openclaw:attempt:STABLE -->\nYou are a personal assistant running inside OpenClaw.\n"
