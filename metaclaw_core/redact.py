@@ -158,3 +158,21 @@ def redact_path(path: str) -> str:
 
 def _quoted(text: str) -> str:
     return quote(text, safe="/:[]", errors="replace")
+
+
+_SECRET_HEADER = re.compile(
+    rb"authorization|cookie|api-?key|token(?!s)|secret|password|credential|signature|session(?![-_]id$)", re.IGNORECASE
+)
+_URL_HEADERS = (b"location", b"referer", b"content-location")
+
+
+def redact_header(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """A header with its value replaced if its name says that it is a credential, else what is secret in the value.
+
+    A session's id is no credential; a count of tokens is none either.
+    """
+    if _SECRET_HEADER.search(name):
+        return name, b"[redacted]"
+    if name.lower() in _URL_HEADERS:
+        return name, redact_path(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    return name, redact(value)[0]

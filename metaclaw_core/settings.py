@@ -63,6 +63,7 @@ class Proxy(_Section):
     hosts: tuple[str, ...] = ()  # further LLM hosts that are trusted like the known providers
     websocket: Literal["fallback", "pass"] = "fallback"  # 426, so that the client uses plain HTTP; or let it pass
     max_body_mb: int = Field(32, ge=1, le=1024)  # larger request bodies pass through, counted
+    redact_dumps: bool = False  # secrets are replaced in what mitmproxy's -w and hardump write too; -C then lacks its keys
 
 
 class Skills(_Section):

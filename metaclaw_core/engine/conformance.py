@@ -139,7 +139,7 @@ async def _wait(future: Any) -> Any:
 
 async def _connect(facts: _Facts) -> str:
     def clients() -> tuple[tinker.RestClient, tinker.ServiceClient]:
-        where = {"base_url": facts.base_url, "api_key": facts.api_key}
+        where: Any = {"base_url": facts.base_url, "api_key": facts.api_key}
         return tinker.RestClient(**where), tinker.ServiceClient(**where)
 
     facts.rest, facts.service = await asyncio.to_thread(clients)  # they ask the server for its flags

@@ -32,6 +32,7 @@ from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import MetaClawError
 from metaclaw_core.proxy import capture, options, runtime
 from metaclaw_core.proxy.contentview import META, LLMView
+from metaclaw_core.proxy.dumps import RedactDumps
 from metaclaw_core.proxy.rewrite import Rewriter, Rewritten, prior_of
 from metaclaw_core.proxy.runtime import Flight, Runtime
 from metaclaw_core.proxy.service import Service
@@ -145,6 +146,11 @@ class MetaClaw:
         """Why the last retrieval was not what was asked for; None: it was."""
         return self._rewriter.note if self._rewriter else None
 
+    @property
+    def redacts_dumps(self) -> bool:
+        """Is ``proxy.redact_dumps`` on?"""
+        return self.settings is not None and self.settings.proxy.redact_dumps
+
     def running(self) -> Any:
         if self.settings is None:
             return None
@@ -242,8 +248,9 @@ class MetaClaw:
         flight = self._runtime.flights.get(flow.id) if self._runtime else None
         if flight is None or not flow.live or flow.response is None:
             return
-        # No length: the answer is made as it is sent, whatever its type says.
-        if capture.media_type(flow.response) in _STREAM_TYPES or "content-length" not in flow.response.headers:
+        # No length: the answer is made as it is sent, whatever its type says. And what is redacted has to be sent before.
+        streams = capture.media_type(flow.response) in _STREAM_TYPES or "content-length" not in flow.response.headers
+        if streams or self.redacts_dumps:
             flight.tee = Tee(_TEE_LIMIT)
             flow.response.stream = flight.tee
 
@@ -408,4 +415,5 @@ def _annotate(flow: http.HTTPFlow, outcome: Rewritten) -> None:
 
 def addons_for_script() -> list[Any]:
     """What ``addons/metaclaw.py`` lists."""
-    return [MetaClaw(), TunnelUntrusting()]
+    metaclaw = MetaClaw()
+    return [metaclaw, TunnelUntrusting(), RedactDumps(lambda: metaclaw.redacts_dumps)]

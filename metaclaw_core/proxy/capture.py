@@ -100,7 +100,8 @@ def exchange(
     request, response = flow.request, flow.response
     body = request_body if request_body is not None else (request.raw_content or b"")
     answer = response_body if response_body is not None else ((response.raw_content or b"") if response else b"")
-    ended = response.timestamp_end if response else None
+    # A client that hangs up at the last event leaves no end of the response, but the time it hung up.
+    ended = (response.timestamp_end or (flow.error.timestamp if flow.error else None)) if response else None
     started = request.timestamp_start
     return Exchange(
         flow_id=flow.id,

@@ -24,6 +24,7 @@ _SHORT = {
     "retrieval_mode": ("skills", "retrieval_mode"),
     "hosts": ("proxy", "hosts"),
     "websocket": ("proxy", "websocket"),
+    "redact_dumps": ("proxy", "redact_dumps"),
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     **{PREFIX + "_".join(path): path for path in leaves()},

@@ -115,6 +115,8 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
         response, response_problem = _response(dialect, exchange, request, answer, whole)
         if response is not None and response.error is not None:
             error = error or response.error.message
+    if response is not None and response_problem is None and not exchange.complete:
+        error = None  # the client hung up after the answer's last event, as the OpenAI SDK does at [DONE]
     said = response.message if response is not None else None
     texts = (body, answer, dumps(pack_message(said)).encode() if said is not None else b"")
     secret = any(_PLACEHOLDER in text for text in texts)

@@ -20,17 +20,17 @@ from __future__ import annotations
 
 import logging
 import secrets
-import socket
 import sys
+import threading
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from metaclaw_core.errors import MetaClawError
-from metaclaw_core.view.site import Reply, Site
+from metaclaw_core.view.site import Reply, Site, query_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class Server(ThreadingHTTPServer):
     """Serves `site` on 127.0.0.1 (port 0: any free one). Raises OSError if the port is taken."""
 
     daemon_threads = True
-    allow_reuse_address = True
+    allow_reuse_address = True  # at once again after an end
+    allow_reuse_port = False  # nobody else beside us
 
     def __init__(self, site: Site, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
@@ -61,18 +62,17 @@ class Server(ThreadingHTTPServer):
         self.port: int = self.server_address[1]
         self.hosts = frozenset({f"127.0.0.1:{self.port}", f"localhost:{self.port}"})
         self.cookie_name = f"metaclaw-{self.port}"
+        self._trading = threading.Lock()
         self._cookie = secrets.token_urlsafe(32)
         self._token: str | None = secrets.token_urlsafe(32)
         self.url = f"http://127.0.0.1:{self.port}/?token={self._token}"
 
     def trade(self, token: str) -> str | None:
         """The cookie for the token, once; None for anything else."""
-        held, self._token = self._token, None  # taken and put back, so that of two at once only one gets it
-        if held is None:
-            return None
-        if not _same(token, held):
-            self._token = held
-            return None
+        with self._trading:  # of two at once only one gets it
+            if self._token is None or not _same(token, self._token):
+                return None
+            self._token = None
         return self._cookie
 
     def knows(self, cookie: str) -> bool:
@@ -83,9 +83,7 @@ class Server(ThreadingHTTPServer):
             logger.exception("metaclaw: a request of the page failed")
 
     def server_bind(self) -> None:
-        # HTTPServer asks the resolver for the machine's name here, which may take seconds and is of no use.
-        socket.socket.bind(self.socket, self.server_address)
-        self.server_address = self.socket.getsockname()
+        TCPServer.server_bind(self)  # HTTPServer's own asks the resolver for the machine's name, which may take seconds
         self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
 
 
@@ -103,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         except MetaClawError as e:
             reply, cookie = self.server.site.message(HTTPStatus.SERVICE_UNAVAILABLE, str(e)), None
         except Exception:  # the boundary: the reader gets a page, the terminal what went wrong
-            logger.exception("metaclaw: the page %s failed", urlsplit(self.path).path)
+            logger.exception("metaclaw: the page %s failed", self.path.partition("?")[0])
             text = "This page failed; the terminal of `metaclaw open` says how."
             reply, cookie = self.server.site.message(HTTPStatus.INTERNAL_SERVER_ERROR, text), None
         self._send(reply, cookie)
@@ -121,19 +119,20 @@ class _Handler(BaseHTTPRequestHandler):
         site = self.server.site
         if not self._meant_for_us():
             return site.message(HTTPStatus.FORBIDDEN, "This page is only reached under its own address."), None
-        target = urlsplit(self.path)
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and "token=" not in target.query:
+        path, _, query = self.path.partition("?")
+        asked = query_of(query)
+        token = asked.get("token")
+        if token is None and self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return site.message(HTTPStatus.FORBIDDEN, "Another site may not look in here."), None
         if not self._has_cookie():
-            token = parse_qs(target.query, max_num_fields=20).get("token", [""])[0]
-            cookie = self.server.trade(token) if token and self.command == "GET" else None
+            cookie = self.server.trade(token) if token is not None and self.command == "GET" else None
             if cookie is None:
                 text = "This link was used already or is not right. Run `metaclaw open` again for a new one."
                 return site.message(HTTPStatus.FORBIDDEN, text), None
-            return self._move_on(target.path), cookie
-        if "token=" in target.query:  # the link again, by who has used it
-            return self._move_on(target.path), None
-        return site.reply(target.path, target.query), None
+            return self._move_on(path), cookie
+        if token is not None:  # the link again, by who has used it
+            return self._move_on(path), None
+        return site.reply(path, asked), None
 
     def _move_on(self, path: str) -> Reply:
         """To the same page under an address without the token."""
@@ -173,7 +172,6 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the parser of requests refuses (too long, no HTTP, a method nobody knows), with our headers."""
         status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
-        self.request_version = getattr(self, "request_version", "HTTP/1.0")
         self._send(self.server.site.message(status, "This request can't be answered."))
 
     def version_string(self) -> str:

@@ -32,7 +32,11 @@ from metaclaw_core.view import reading, words
 from metaclaw_core.view.messages import said, split
 
 _DRAIN_SECONDS = 1.0
-_STATIC = {"/static/style.css": "text/css; charset=utf-8", "/static/live.js": "text/javascript; charset=utf-8"}
+_STATIC = {
+    "/static/style.css": "text/css; charset=utf-8",
+    "/static/live.js": "text/javascript; charset=utf-8",
+    "/static/icon.svg": "image/svg+xml",
+}
 _HTML = "text/html; charset=utf-8"
 
 
@@ -60,11 +64,10 @@ class Site:
         """Whether a page is there, as far as its path tells."""
         return path in _STATIC or any(route.fullmatch(path) for route, _ in _ROUTES)
 
-    def reply(self, path: str, query: str = "") -> Reply:
-        """What is at a path. Raises MetaClawError where the store or the library can't be used."""
+    def reply(self, path: str, asked: Mapping[str, str]) -> Reply:
+        """What is at a path; `asked` is its query. Raises MetaClawError where the store or the library can't be used."""
         if path in _STATIC:
             return Reply(HTTPStatus.OK, _STATIC[path], (files("metaclaw_core.view") / path.lstrip("/")).read_bytes())
-        asked = {name: values[0] for name, values in parse_qs(query, max_num_fields=20).items()}
         for route, page in _ROUTES:
             if found := route.fullmatch(path):
                 self._take_in()
@@ -177,6 +180,14 @@ _ROUTES: tuple[tuple[re.Pattern[str], _PageFunction], ...] = (
     (re.compile(r"/skill"), Site._skill),
     (re.compile(r"/worker"), Site._worker),
 )
+
+
+def query_of(text: str) -> dict[str, str]:
+    """The fields of a URL's query, the first of each name; {} for what is none."""
+    try:
+        return {name: values[0] for name, values in parse_qs(text, max_num_fields=20).items()}
+    except ValueError:  # too many fields
+        return {}
 
 
 def _finalize(value: Any) -> Any:

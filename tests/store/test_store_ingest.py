@@ -223,6 +223,18 @@ def test_a_tool_loop_is_one_turn(store: Store, chat: Any) -> None:
     assert all(len(turn) == 32 for turn in (a, d))
 
 
+def test_a_client_that_hangs_up_after_the_last_event_is_no_error(
+    store: Store, chat: Any, chat_stream: Callable[..., bytes]
+) -> None:
+    whole = chat_stream("Hello.")
+    gone = {"complete": False, "error": "Client disconnected."}
+    store.ingest([chat("hi", answer=whole, **gone), chat("ho", answer=whole[: len(whole) // 2], **gone)])
+    assert rows(store, "state", "reason", "error") == [
+        ("captured", None, None),
+        ("skipped", "response cut", "Client disconnected."),
+    ]
+
+
 def test_a_trace_with_two_messages_of_the_human_is_two_turns(store: Store, chat: Any) -> None:
     runtime = "\n\nRuntime: agent=main | session=agent:main:main | sessionId=5c89be32-3adc-43ec-b0fd-efea88de0220 | x=y"
     system = {"role": "system", "content": "<!-- openclaw:attempt:STABLE -->"}
