@@ -105,7 +105,7 @@ class Redactor:
     """
 
     _MARGIN = 4 * 1024
-    _KEPT_BYTES = 16 << 20
+    _KEPT_BYTES = 4 << 20
 
     def __init__(self) -> None:
         self._clean: OrderedDict[str, Known] = OrderedDict()  # least recently used first

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaclaw_core.redact import Redactor, redact, redact_path, redact_text
+from metaclaw_core.redact import Redactor, redact, redact_header, redact_path, redact_text
 
 SECRETS = {
     "anthropic-key": "sk-ant-api03-" + "a1B2" * 8,
@@ -115,3 +115,26 @@ def test_the_remembering_redactor_says_what_the_plain_one_says_of_a_growing_body
     for at, piece in changes:
         body = body[:at] + piece + body[at:]
         assert redactor.redact(body, "k") == redact(body)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Authorization", "proxy-authorization", "Cookie", "set-cookie", "x-api-key", "api-key", "X-Goog-Api-Key", "x-auth-token",
+     "x-amz-security-token", "x-client-secret", "x-session", "x-password"],
+)  # fmt: skip
+def test_a_credentials_header_loses_its_value_whatever_it_looks_like(name):
+    assert redact_header(name.encode(), b"opensesame") == (name.encode(), b"[redacted]")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "left"),
+    [
+        (b"x-ratelimit-remaining-tokens", b"4000", b"4000"),
+        (b"session_id", b"0b3f", b"0b3f"),
+        (b"x-note", b"use sk-proj-abcdefghijklmnop now", b"use [redacted:openai-key] now"),
+        (b"Location", b"https://e.test/a?token=abc&page=2", b"https://e.test/a?token=[redacted]&page=2"),
+        (b"referer", b"\xff?key=1", b"\xff?key=[redacted]"),
+    ],
+)
+def test_another_header_keeps_all_but_what_is_secret_in_it(name, value, left):
+    assert redact_header(name, value) == (name, left)

@@ -23,6 +23,8 @@ _COMMANDS = {
     "stop": ("stop:stop", "Let open answers end, then end the proxy."),
     "restart": ("stop:restart", "Stop the proxy and start it again in the background."),
     "status": ("status:status", "What the running proxies do."),
+    "top": ("top:command", "Watch in the terminal what happens."),
+    "open": ("open_:command", "Show sessions, turns and skills on a page of your browser."),
     "bypass": ("status:bypass", "Let requests pass unchanged for a while."),
     "config": ("config:command", "Show and change settings."),
     "run": ("run:command", "Run a command with the proxy and its CA in its environment."),

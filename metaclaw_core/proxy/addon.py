@@ -206,12 +206,15 @@ class MetaClaw:
             self._runtime.counters["passed: no LLM path"] += 1
             return
         dialect, route = found
+        headers = capture.plain_headers(flow.request)
         self._runtime.flights[flow.id] = Flight(
             flow=flow,
             dialect=dialect,
             route=route,
-            hints=hints_from_headers(flow.request.headers),
-            principal=capture.principal(flow.request, self._runtime.key),
+            hints=hints_from_headers(headers),
+            principal=capture.principal(flow.request, self._runtime.key, headers),
+            encoding=headers.get("content-encoding", ""),
+            bypass=headers.get("x-metaclaw"),
         )
 
     @_guard_async
@@ -227,10 +230,11 @@ class MetaClaw:
             self._runtime.counters["passed: the request was streamed, not recorded"] += 1
             return
         flight.body = flow.request.raw_content or b""
-        flight.encoding = flow.request.headers.get("content-encoding", "")  # a rewritten request loses it
         if not flow.live:
             return
-        bypassed = flow.request.headers.pop("x-metaclaw", "").strip().lower() == "off" or self._runtime.bypass
+        if flight.bypass is not None:
+            flow.request.headers.pop("x-metaclaw", None)
+        bypassed = (flight.bypass or "").strip().lower() == "off" or self._runtime.bypass
         if bypassed or flow.response is not None or self._rewriter is None:
             self._runtime.counters["bypassed"] += bypassed
             return
@@ -274,9 +278,9 @@ class MetaClaw:
         limit = self.settings.proxy.max_body_mb << 20
         if len(body) > limit:
             return Rewritten(None, "passed: body over the limit")
-        if encoding := flow.request.headers.get("content-encoding", ""):
+        if flight.encoding:
             try:
-                body, whole = decode_body(body, encoding, limit)
+                body, whole = decode_body(body, flight.encoding, limit)
             except MetaClawError:
                 whole = False
             if not whole:

@@ -28,7 +28,7 @@ from metaclaw_core.prefix import Known
 from metaclaw_core.wire.base import Slot
 
 MAX_ENTRIES = 64
-MAX_BYTES = 32 << 20
+MAX_BYTES = 8 << 20
 _CANDIDATES = 3
 _decode = json.JSONDecoder().raw_decode
 _RESULT_TYPES = frozenset({"function_call_output", "custom_tool_call_output"})

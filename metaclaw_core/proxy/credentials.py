@@ -39,6 +39,9 @@ class CallerKeys:
 
     def __init__(self) -> None:
         self._keys: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
+        # (principal, path as it was sent) → its place in `_keys`. A principal stands for one credential at one origin,
+        # so nothing about a request that was looked at once needs to be looked at again.
+        self._known: dict[tuple[str, str], tuple[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -49,6 +52,7 @@ class CallerKeys:
 
     def forget(self) -> None:
         self._keys.clear()
+        self._known.clear()
 
     def seen(
         self, flow: http.HTTPFlow, dialect: str, principal: str, identity: Identity | None, hosts: Sequence[str]
@@ -63,6 +67,9 @@ class CallerKeys:
         if not 200 <= status < 300 or flow.error is not None:
             return None
         if identity is None or identity.kind not in (Kind.MAIN, Kind.TOOL):
+            return None
+        known_place = self._known.get((principal, flow.request.path))
+        if known_place in self._keys:
             return None
         found = caller_key(flow.request, hosts)
         if found is None:
@@ -80,6 +87,9 @@ class CallerKeys:
             "key": found[1],
         }
         place = (principal, path)
+        if len(self._known) > 4 * MAX_KEYS:
+            self._known.clear()
+        self._known[principal, flow.request.path] = place
         if self._keys.get(place) == line:
             self._keys.move_to_end(place)
             return None

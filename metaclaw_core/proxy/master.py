@@ -25,6 +25,8 @@ from pathlib import Path
 import click
 from mitmproxy import exceptions, options, optmanager
 from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, script, tlsconfig
+from mitmproxy.addons.save import Save
+from mitmproxy.addons.savehar import SaveHar
 from mitmproxy.master import Master
 from mitmproxy.proxy import mode_specs
 from mitmproxy.tools.dump import DumpMaster
@@ -53,6 +55,8 @@ async def _serve(chosen: StartOptions) -> None:
     master = Lean(options.Options()) if chosen.lean else DumpMaster(options.Options(), with_dumper=False)
     try:
         master.addons.add(*addons_for_script())
+        # What writes flows comes last, as it does after a script's addons: it must find them redacted.
+        master.addons.chain.sort(key=lambda addon: isinstance(addon, (Save, SaveHar)))
         settings = _configure(master, chosen)
     except exceptions.OptionsError as e:
         raise MetaClawError(str(e).removeprefix("metaclaw: ")) from e

@@ -41,7 +41,8 @@ class Flight:
     hints: Hints
     principal: str
     body: bytes | None = None  # the client's own body as it arrived (encoded as it was); None: not seen yet
-    encoding: str | None = None
+    encoding: str = ""  # the body's content-encoding; a rewritten request loses it
+    bypass: str | None = None  # the header `x-metaclaw`
     tee: Tee | None = None
     injection: Injection | None = None
     identity: Identity | None = None

@@ -4,7 +4,8 @@ Design: every page is rendered whole from the store and the library. All text of
 escapes whatever a template prints (autoescape, no `safe` anywhere), and before that `clean` takes out control
 characters, so a template can't forget either. A template that misspells a name fails (StrictUndefined).
 
-Limits: the newest exchanges are taken in at most once a second, and not waited for where another process is at it.
+Limits: the newest exchanges are taken in at most once a second; where another process is at it that is said on the page
+once it has been waited for.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Site:
         with self._draining:
             if time.monotonic() - self._drained_at < _DRAIN_SECONDS:
                 return
-            self._problems = drain_under_lease(self._store, self._spool, wait_s=0.2).problems
+            self._problems = drain_under_lease(self._store, self._spool).problems
             self._drained_at = time.monotonic()
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 from e2e_tools import Proxy
-from live_tools import Kit, connection, kit, post, prepare, quiet_proxy  # noqa: F401 - a fixture
+from live_tools import Kit, connection, eventually, kit, post, prepare, quiet_proxy  # noqa: F401 - a fixture
+from test_start import started
 
 from metaclaw_core.testing import Received, Script, ScriptedLLM
 
@@ -36,6 +39,8 @@ def answer(received: Received) -> Script:
     """A secret in the answer's headers and body; on /files a body of no LLM."""
     if received.path.startswith("/files"):
         return Script(raw=json.dumps({"file": KEY}).encode(), headers={"set-cookie": f"sid={CANARY}"})
+    if received.path.startswith("/slow"):
+        return Script(first_after=60)
     return Script(text=f"Your key is {KEY}.", pieces=1, headers={"set-cookie": f"sid={CANARY}"})
 
 
@@ -60,27 +65,40 @@ def played(request: pytest.FixtureRequest, tmp_path: Path, kit: Kit) -> Iterator
                 got = post(place, content, proxy, headers=headers)
                 assert KEY.encode() in got.body  # the agent gets what the LLM said
                 assert ("set-cookie", f"sid={CANARY}") in got.headers
-            _cut(proxy, llm)
-            proxy.stop()
+            with closing(_open(proxy, llm)):
+                proxy.stop()
         assert [received.body for received in llm.received[:4]] == [content for _, content in sent]
         assert all(received.header("x-api-key") == CANARY for received in llm.received)
         yield on, llm, dumps
 
 
-def _cut(proxy: Proxy, llm: ScriptedLLM) -> None:
-    """A request that is still open when the proxy ends."""
+def _open(proxy: Proxy, llm: ScriptedLLM) -> HTTPConnection:
+    """A request that waits for its answer when the proxy ends; mitmproxy writes it then."""
     client = connection(llm.url, proxy)
-    client.putrequest("POST", f"{llm.url}/v1/chat/completions")
-    for name, value in [*HEADERS, ("content-length", "100000")]:
-        client.putheader(name, value)
-    client.endheaders(body(stream=True))
+    client.request("POST", f"{llm.url}/slow/v1/chat/completions", body(stream=False), dict(HEADERS))
+    eventually(lambda: any(received.path.startswith("/slow") for received in llm.received))
+    return client
 
 
 def test_dumps_hold_no_secret_and_everybody_else_gets_everything(played: tuple[bool, ScriptedLLM, list[Path]]) -> None:
     on, _, dumps = played
+    assert b"/slow/v1" in dumps[0].read_bytes()
     found = [dump.read_bytes().count(CANARY.encode()) for dump in dumps]
     if on:
         assert found == [0, 0]
         assert [dump.read_bytes().count(b"[redacted:openai-key]") > 6 for dump in dumps] == [True, True]
     else:
         assert all(count > 20 for count in found)  # so the search finds them
+
+
+@pytest.mark.slow
+def test_metaclaw_start_redacts_before_mitmproxys_own_writers_too(tmp_path: Path, kit: Kit) -> None:  # noqa: F811
+    dump = tmp_path / "flows.mitm"
+    options = ("--no-lean", "--set", f"save_stream_file={dump}", "--set", "metaclaw_redact_dumps=true")
+    with ScriptedLLM(answer) as llm:
+        with started(tmp_path, kit, *options) as proxy:
+            content = body(stream=False)
+            headers = [*HEADERS, ("host", llm.url.partition("://")[2]), ("content-length", str(len(content)))]
+            assert KEY.encode() in post(f"{llm.url}/v1/chat/completions", content, proxy, headers=headers).body
+        assert llm.received[0].body == content
+    assert (dump.read_bytes().count(CANARY.encode()), dump.read_bytes().count(b"[redacted:openai-key]")) == (0, 3)

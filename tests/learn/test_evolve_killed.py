@@ -177,7 +177,7 @@ def test_killed_at_forty_lines_no_skill_is_written_twice_or_by_halves(tmp_path: 
         states: Counter[str | None] = Counter()
         for point in range(POINTS):
             home = fresh(f"at-{point}")
-            assert run(home, 1 + point * (lines - 1) // POINTS) == -signal.SIGKILL
+            assert run(home, 1 + point * (lines - 1) // (POINTS - 1)) == -signal.SIGKILL
             check_cut(home)
             with open_store(home / "store.db") as store, store.reading() as db:
                 states[db.scalar(select(segments.c.state))] += 1
