@@ -25,10 +25,11 @@ class _Shape:
     kind: str
     anchor: bytes
     pattern: re.Pattern[bytes]  # matched at the anchor's position
-    before: re.Pattern[bytes]  # the byte in front of the anchor must match, b"" at the start
+    before: re.Pattern[bytes]  # must be found at the end of the six bytes in front of the anchor, b"" at the start
 
 
-_NO_WORD = re.compile(rb"[^A-Za-z0-9]?$")  # the shape is not the tail of a longer word ("task-…")
+# The shape is not the tail of a longer word ("task-…"). A line break in a JSON body ends in a letter: "\\nsk-…".
+_NO_WORD = re.compile(rb"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9a-fA-F]{4})\Z")
 _ANY = re.compile(rb"")
 
 
@@ -56,14 +57,14 @@ _SHAPES = (
     _shape("stripe-key", b"k_live_", rb"k_live_[A-Za-z0-9]{16,}", _ANY),
     _shape("npm-token", b"npm_", rb"npm_[A-Za-z0-9]{30,}"),
     _shape("pypi-token", b"pypi-AgE", rb"pypi-AgE[A-Za-z0-9_-]{20,}"),
-    _shape("telegram-token", b":AA", rb":AA[A-Za-z0-9_-]{33}\b", re.compile(rb"[0-9]$")),
+    _shape("telegram-token", b":AA", rb":AA[A-Za-z0-9_-]{33}\b", re.compile(rb"[0-9]\Z")),
     _shape("jwt", b"eyJ", rb"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
     _shape(
         "private-key",
         b"-----BEGIN ",
         rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|$)",
     ),
-    _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}", re.compile(rb"[Bb]$")),
+    _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}", re.compile(rb"[Bb]\Z")),
 )
 
 
@@ -76,7 +77,7 @@ def redact(data: bytes) -> tuple[bytes, int]:
         at = data.find(shape.anchor)
         while at >= 0:
             match = shape.pattern.match(data, at)
-            if match and shape.before.match(data[max(0, at - 1) : at]):
+            if match and shape.before.search(data[max(0, at - 6) : at]):
                 hits.append((at, match.end(), shape.kind))
                 at = data.find(shape.anchor, match.end())
             else:

@@ -32,7 +32,7 @@ from metaclaw_core.engine.testing import make_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 2, "hidden": 64, "intermediate": 128, "vocab_size": 1000},
-    "small": {"layers": 8, "hidden": 512, "intermediate": 2048, "heads": 8, "kv_heads": 2, "vocab_size": 8192},
+    "small": {"layers": 8, "hidden": 384, "intermediate": 1024, "heads": 6, "kv_heads": 2, "vocab_size": 8192},
     "half-b": {"layers": 24, "hidden": 1024, "intermediate": 3072, "heads": 16, "kv_heads": 8, "vocab_size": 151_936},
 }
 PROMPT, NEW, ROWS, RANK = 512, 128, 8, 16

@@ -138,3 +138,16 @@ def test_a_credentials_header_loses_its_value_whatever_it_looks_like(name):
 )
 def test_another_header_keeps_all_but_what_is_secret_in_it(name, value, left):
     assert redact_header(name, value) == (name, left)
+
+
+@pytest.mark.parametrize("before", ["\n", "\t", "\r\n", "\u001f", '{"a": "', "\\n"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_secret_at_the_start_of_a_line_is_found_however_often_the_text_is_escaped(before, depth):
+    text = f"env:{before}ghp_abcdefghijklmnopqrstuvwxyz0123"
+    for _ in range(depth):
+        text = json.dumps(text)
+    assert "ghp_" not in redact_text(text)
+
+
+def test_a_word_that_ends_in_the_letters_of_an_escape_is_still_a_word():
+    assert redact_text("ordinsk-abcdefghijklmnopq") == "ordinsk-abcdefghijklmnopq"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
 
 import click
 
@@ -32,19 +31,15 @@ def command(port: int, no_browser: bool) -> None:
             server = Server(site, port)
         except OSError as e:
             raise MetaClawError(f"Port {port} of 127.0.0.1 can't be used ({e.strerror}): leave --port out for a free one.") from e
-        signal.signal(signal.SIGTERM, _interrupt)
         with server:
-            click.echo(f"{server.url}\nThe address works once. Ctrl-C ends the page.")
-            sys.stdout.flush()
-            if not no_browser:
-                import webbrowser
-
-                webbrowser.open(server.url)
             try:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+                click.echo(f"{server.url}\nThe address works once. Ctrl-C ends the page.")
+                sys.stdout.flush()
+                if not no_browser:
+                    import webbrowser
+
+                    webbrowser.open(server.url)
                 server.serve_forever()
             except KeyboardInterrupt:
                 click.echo()
-
-
-def _interrupt(_number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt

@@ -26,7 +26,6 @@ from torch.nn import functional
 from metaclaw_core.engine.errors import EngineError
 
 ALPHA = 32.0
-_FEW_ROWS = 8
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"(^|\.)(mlp|feed_forward|ffn|experts?|shared_experts?)(\.|$)")
 _ROUTER = re.compile(r"\.(gate|router)$")
@@ -88,22 +87,13 @@ class LoraLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _linear(x, self.base)
+        y = functional.linear(x, self.base.weight, self.base.bias)
         if self.pair is None:
             return y
         a, b = self.pair
         if a.dtype != x.dtype:
             a, b = a.to(x.dtype), b.to(x.dtype)
         return torch.add(y, functional.linear(functional.linear(x, a), b), alpha=self.scale)
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    if 1 < rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-        # One decode step of a small batch. The CPU library repacks the whole weight for x·Wᵀ here; W·xᵀ it streams.
-        y = torch.mm(layer.weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
-        return y if layer.bias is None else y + layer.bias
-    return functional.linear(x, layer.weight, layer.bias)
 
 
 class Lora:

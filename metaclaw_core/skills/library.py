@@ -323,6 +323,9 @@ class Library:
                 *self._versions.glob(".new-*"),
             ):
                 shutil.rmtree(leftover, ignore_errors=True)
+            for slot in {_slot(self.folder, status) for status in Status}:
+                for torn in slot.glob(f"*/.{_FILE}.*.tmp"):  # a writer was killed: it must not become part of the skill
+                    torn.unlink(missing_ok=True)
             self._record("edited", "found changed on disk", only_if_changed=True)
             yield self._record  # while the lock is held
         finally:

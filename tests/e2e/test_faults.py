@@ -179,7 +179,7 @@ def test_a_full_disk_costs_no_request_and_what_was_answered_meanwhile_is_recorde
         endless = resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (200_000, endless[1]))  # as large as a file may get
         for n in range(12):
-            assert post(url, chat(f"{GIT} {n}", metadata={"filler": "x" * 60_000}), proxy).status == 200
+            assert post(url, chat(f"{GIT} {n}", metadata={"filler": random.randbytes(30_000).hex()}), proxy).status == 200
             assert llm.received[-1].body.count(b"<metaclaw-skills>") == 1
         problem = eventually(lambda: control(proxy)["spool"]["last_error"])
         assert "can't be written" in problem

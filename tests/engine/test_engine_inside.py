@@ -224,6 +224,30 @@ def test_the_longest_prefix_under_the_same_weights_is_found_and_old_ones_make_ro
     assert len(store.find(8, ids((0, 40)), 39)) == 39
 
 
+def test_a_cancelled_request_ends_and_the_others_go_on(base: Any) -> None:
+    from queue import Queue
+
+    from metaclaw_core.engine.sampling import SampleRequest
+    from metaclaw_core.engine.worker import Worker
+
+    def request(most: int) -> Any:
+        prompt = np.asarray([5, 6, 7], dtype=np.int32)
+        return SampleRequest(prompt, 1, most, 1.0, -1, 1.0, frozenset(), (), 1, None)
+
+    worker, long, short = Worker(base, 2**20), Queue(), Queue()  # type: ignore[var-annotated]
+    forget, keep = long.put, short.put
+    worker.sample(None, request(500), forget)
+    worker.sample(None, request(30), keep)
+    worker.start()
+    worker.cancel(forget)
+    assert len(short.get(timeout=60).sequences[0].tokens) == 30
+    idle: Queue[Any] = Queue()
+    worker.call(lambda: len(worker._batches), idle.put)
+    assert idle.get(timeout=60) == 0
+    worker.stop()
+    assert long.empty()
+
+
 class Clock:
     now = 1000.0
 
