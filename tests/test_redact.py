@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaclaw_core.redact import Redactor, redact, redact_header, redact_path, redact_text
+from metaclaw_core.redact import Redactor, redact, redact_answer, redact_header, redact_path, redact_text
+from metaclaw_core.testing import Script, _events
+from metaclaw_core.wire import by_name
 
 SECRETS = {
     "anthropic-key": "sk-ant-api03-" + "a1B2" * 8,
@@ -151,3 +153,34 @@ def test_a_secret_at_the_start_of_a_line_is_found_however_often_the_text_is_esca
 
 def test_a_word_that_ends_in_the_letters_of_an_escape_is_still_a_word():
     assert redact_text("ordinsk-abcdefghijklmnopq") == "ordinsk-abcdefghijklmnopq"
+
+
+DIALECTS = ("openai_chat", "openai_responses", "anthropic", "gemini", "ollama")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@given(st.text(max_size=20), st.integers(1, 60), st.text(max_size=20))
+def test_a_secret_that_is_spread_over_the_events_of_a_stream_is_found(dialect, before, pieces, after):
+    text = f"{before} ghp_abcdefghijklmnopqrstuvwxyz0123 -----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY----- {after}"
+    body = b"".join(_events(dialect, Script(text=text, pieces=pieces)))
+    clean, count = redact_answer(body)
+    assert count >= 2
+    parser = by_name(dialect).stream_parser()
+    parser.feed(clean)
+    assert parser.finish().message.text == f"{before} [redacted:github-token] [redacted:private-key] {after}"
+    assert redact_answer(clean) == (clean, 0)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_stream_without_secrets_is_the_same_object(dialect):
+    body = b"".join(_events(dialect, Script(text="The key is under the mat, as ever; ask for it.", pieces=9)))
+    assert redact_answer(body)[0] is body
+
+
+def test_arguments_of_a_call_and_a_cut_stream_lose_their_parts_too():
+    parts = ['{\\"key\\": \\"sk-pr', "oj-abcdefgh", "ijklmnop"]
+    events = [f'data: {{"choices":[{{"delta":{{"tool_calls":[{{"function":{{"arguments":"{part}"}}}}]}}}}]}}\n\n' for part in parts]
+    clean, count = redact_answer("".join(events).encode()[:-20])
+    assert count == 1
+    assert [part in clean for part in (b"sk-pr", b"oj-abc", b"ijk")] == [False] * 3
+    assert b"[redacted:openai-key]" in clean

@@ -159,6 +159,8 @@ class MetaClaw:
         except OSError as e:
             logger.warning("metaclaw: %s can't be used (%s): nothing is recorded, traffic goes on.", self.home, e)
             return None
+        if self.settings.mode == "rl":
+            logger.warning("metaclaw: mode rl: a model of your own is not served or trained yet; requests go to their own LLM.")
         dialects()  # loads the plug-ins now, not in the first request
         agents()
         self._runtime.settings = self.settings

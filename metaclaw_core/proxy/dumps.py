@@ -8,9 +8,8 @@ values of credential headers, of secret query parameters, what has a secret's sh
 messages and other headers, and the name and password of ``proxyauth``. What can't be decoded can't be
 searched and is left out.
 
-Limits: shapes, as in `redact`; a secret that a stream splits over two events stays in two pieces. TCP,
-UDP and DNS flows are not looked at. A replay with ``-C`` lacks its keys, and an import of such a file sees
-all callers as one.
+Limits: shapes, as in `redact`. TCP, UDP and DNS flows are not looked at. A replay with ``-C`` lacks its
+keys, and an import of such a file sees all callers as one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mitmproxy import ctx, http
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import WireError
 from metaclaw_core.proxy.tee import Tee
-from metaclaw_core.redact import redact, redact_header, redact_path
+from metaclaw_core.redact import redact, redact_answer, redact_header, redact_path
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ def _redact_message(message: http.Message) -> None:
         return
     encoding = message.headers.get("content-encoding", "")
     try:
-        found = redact(decode_body(body, encoding, _LIMIT)[0])
+        found = redact_answer(decode_body(body, encoding, _LIMIT)[0])
     except WireError:
         found = b"[left out: its content-encoding can't be undone]", 1
     if found[1]:

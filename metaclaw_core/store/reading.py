@@ -21,7 +21,7 @@ from hashlib import sha256
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import SpliceError, WireError
 from metaclaw_core.model import Exchange, Request, Response
-from metaclaw_core.redact import redact, redact_path, redact_text
+from metaclaw_core.redact import redact, redact_answer, redact_path, redact_text
 from metaclaw_core.store.chain import pack_message, redact_message
 from metaclaw_core.store.spool import NOT_STORED
 from metaclaw_core.wire import by_name
@@ -80,7 +80,7 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
         request_problem = f"request body: {e}"
     try:
         answer, whole = decode_body(exchange.response_body, exchange.response_encoding)
-        answer = answer if redacted else redact(answer)[0]
+        answer = answer if redacted else redact_answer(answer)[0]
     except WireError as e:
         response_problem = f"response body: {e}"
 

@@ -35,7 +35,7 @@ import zstandard
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import MetaClawError, StoreError
 from metaclaw_core.model import Exchange, Hints, Injection, Json
-from metaclaw_core.redact import Redactor, redact, redact_path, redact_text
+from metaclaw_core.redact import Redactor, redact, redact_answer, redact_path, redact_text
 from metaclaw_core.wire.jsonio import dumps, loads_object
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def redacted(exchange: Exchange, search: Search = redact) -> Exchange:
     """
     try:
         request, request_encoding = _redacted_body(exchange.request_body, exchange.request_encoding, search)
-        response, response_encoding = _redacted_body(exchange.response_body, exchange.response_encoding, redact)
+        response, response_encoding = _redacted_body(exchange.response_body, exchange.response_encoding, redact_answer)
         return replace(
             exchange,
             path=redact_path(exchange.path),

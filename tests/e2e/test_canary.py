@@ -91,13 +91,13 @@ def learner_llm(received: Received) -> Script:
     """The judge and the evolver, who repeat a secret that only they know."""
     asked = received.json()["messages"]
     if "You keep the skills" not in asked[0]["content"]:
-        return Script(text=f"It is fine. {secrets('judge')[:300]}\nScore: 1")
+        return Script(text=f"It is fine. {secrets('judge')}\nScore: 1")
     edit = {
         "op": "add",
         "name": "use-pnpm",
         "description": "Use pnpm, never npm, in this repository.",
         "body": BODY + secrets("evolver"),
-        "triggers": ["install a package", secrets("evolver")[:60]],
+        "triggers": ["install a package", SHAPES["openai"](tag("evolver"))],
         "evidence": [{"quote": LESSON}],
     }
     return Script(text=json.dumps({"edits": [edit]}))
@@ -162,7 +162,7 @@ def leaks(home: Path) -> list[tuple[str, bytes]]:
     return found
 
 
-def test_no_planted_secret_is_in_any_file_or_any_request_of_the_worker(tmp_path: Path, kit: Any, monkeypatch: Any) -> None:  # noqa: F811
+def test_no_planted_secret_is_in_any_file_or_any_request_of_the_worker(tmp_path: Path, kit: Any) -> None:  # noqa: F811
     prepare(tmp_path, kit)
     with ScriptedLLM(agent_llm) as llm, ScriptedLLM(learner_llm) as learner:
         settings = {

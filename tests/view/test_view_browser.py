@@ -27,7 +27,7 @@ def taken(browse, url: str, file: Path) -> Path:
     browse(url, f"--screenshot={file}")
     assert png_size(file) == (1280, 800)
     assert 20_000 < file.stat().st_size < 200_000  # smaller: next to nothing is on it
-    if folder := os.environ.get("METACLAW_SCREENSHOTS"):
+    if folder := os.environ.get("SCREENSHOTS_TO"):
         shutil.copy(file, Path(folder) / file.name)
     return file
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -288,6 +289,7 @@ def test_an_exchange_that_is_still_in_a_spool_is_shown(metaclaw_home, reader):
 # --- data is data -------------------------------------------------------------------------------
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}{% raw %}</pre></textarea>\x1b]0;owned\x07\u202eevil\x00\udc80"
+NAME = HOSTILE[:-2]  # a skill's name: the database takes neither NUL nor a lone surrogate in it
 
 
 @pytest.fixture
@@ -303,7 +305,7 @@ def hostile(metaclaw_home):
         result("c2", HOSTILE),
     ]
     with open_store(metaclaw_home / "store.db") as store:
-        injection = Injection(HOSTILE, (HOSTILE, "javascript:alert(1)"), 1)
+        injection = Injection(HOSTILE, (NAME, "javascript:alert(1)"), 1)
         store.ingest([exchange(1, messages, HOSTILE, [(HOSTILE, HOSTILE)], injection=injection, host="a.example<b>", path="/v1/chat/completions?x=<i>")])
         (row,) = store.turns()
     library = Library(metaclaw_home / "skills")
@@ -315,17 +317,21 @@ def hostile(metaclaw_home):
 
 
 def test_markup_in_what_was_said_is_text(hostile, reader):
-    from urllib.parse import quote
+    pages = ["/", f"/session/{hostile['session']}", f"/turn/{hostile['id']}", "/skills", "/skill?name=plain-name"]
+    for path in pages:
+        answer = reader.get(path)
+        assert answer.status_code == 200
+        assert answer.text.count("<script") == 1  # our own
+        assert "&lt;script&gt;" in answer.text
+        for markup in ("<img", "<b>ex", "<i>", "{{ 49", "></textarea>", 'href="javascript:'):
+            assert markup not in answer.text
+        assert not set("\x1b\x07\u202e\x00") & set(answer.text)
 
-    name = quote(HOSTILE.encode("utf-8", "replace").decode(), safe="")
-    for path in ("/", f"/session/{hostile['session']}", f"/turn/{hostile['id']}", "/skills", "/skill?name=plain-name", f"/skill?name={name}", "/worker"):
-        text = reader.get(path).text
-        assert "alert(1)" in text or path == "/worker" or path == f"/skill?name={name}" or "plain-name" in path, path
-        for markup in ("<script>", "<img", "onerror=alert(2)>", "<b>ex", "<i>", "49{", 'href="javascript:'):
-            assert markup not in text, (path, markup)
-        for character in "\x1b\x07\u202e\x00":
-            assert character not in text
-        assert text.count("<script") == (1 if reader.get(path).status_code == 200 else 0)
+
+def test_a_name_full_of_markup_is_a_link_to_its_own_page(hostile, reader):
+    address = "/skill?name=" + quote(NAME.replace("\x1b", "\ufffd").replace("\x07", "\ufffd").replace("\u202e", "\ufffd"), safe="")
+    assert f'href="{address}"' in reader.get(f"/turn/{hostile['id']}").text
+    assert reader.get(f"/skill?name={quote(NAME, safe='')}").text.count("<script") == 1
 
 
 def test_a_template_cannot_be_told_to_trust_what_it_prints(tmp_path):
