@@ -47,15 +47,13 @@ def command(
     _need_torch()
     import asyncio
 
-    import torch
-
     from metaclaw_core.engine.checkpoints import Checkpoints
-    from metaclaw_core.engine.model import BaseModel
+    from metaclaw_core.engine.model import BaseModel, use_threads
     from metaclaw_core.engine.server import create_app, serve
     from metaclaw_core.engine.service import Engine
 
     if threads:
-        torch.set_num_threads(threads)
+        use_threads(threads)
     checkpoints = Checkpoints(context.obj)
     key_file = checkpoints.root / "key"
     key = _key(key_file)

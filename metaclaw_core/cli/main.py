@@ -40,6 +40,7 @@ _COMMANDS = {
     "judge": ("judge:command", "Examine the judge that scores turns."),
     "store": ("store:command", "Check the store."),
     "evolve": ("evolve:command", "Write skills from what was said, now."),
+    "engine": ("engine:command", "Train and sample on this machine: the Tinker protocol."),
     "worker": ("worker:command", "Run the background jobs by hand."),
     "purge": ("purge:command", "Forget recorded sessions, everywhere."),
     "uninstall": ("uninstall:command", "Undo wirings and service, and remove what MetaClaw wrote."),

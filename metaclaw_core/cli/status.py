@@ -46,24 +46,38 @@ def status(as_json: bool) -> None:
 def _learning() -> dict[str, Any] | None:
     """What the worker has done and what it waits for; None: there is no store yet."""
     from metaclaw_core.cli.output import opened_store
-    from metaclaw_core.learn.evolve import segment_counts
-    from metaclaw_core.learn.runs import all_notices, last_runs
+    from metaclaw_core.learn.overview import overview
     from metaclaw_core.settings import load_settings
 
-    if not load_settings().store.url and not (home() / "store.db").exists():
+    settings = load_settings()
+    if not settings.store.url and not (home() / "store.db").exists():
         return None
     with opened_store(drain=False) as store:
-        return {"segments": segment_counts(store), "runs": last_runs(store), "notices": all_notices(store)}
+        return overview(store, settings)
 
 
 def _learning_lines(learning: dict[str, Any]) -> list[str]:
     from metaclaw_core.cli.output import when
 
-    segments = ", ".join(f"{n} {state}" for state, n in learning["segments"].items())
-    lines = [f"segments   {segments}"] if segments else []
+    lines = []
+    for name in ("turns", "segments"):
+        if counts := ", ".join(f"{n} {state}" for state, n in learning[name].items()):
+            lines.append(f"{name:<10} {counts}")
+    judge, tokens = learning["judge"], learning["tokens"]
+    examined = f", examined {when(judge['checked_at'])}" if judge["ok"] is not None else ""
+    said = f"{judge['model']}{examined}: {judge['problem'] or 'ok'}" if judge["model"] else judge["problem"]
+    lines.append(f"judge      {said}")
+    budget = "no limit" if tokens["budget"] is None else f"of {tokens['budget']:,}"
+    purposes = ", ".join(f"{name} {n:,}" for name, n in tokens["by_purpose"].items())
+    lines.append(
+        f"tokens     {tokens['today']:,} today, {budget}"
+        + (f" ({purposes})" if purposes else "")
+        + (f"; {tokens['callers_24h']:,} in 24 h with your agent's own key" if tokens["callers_24h"] else "")
+    )
     for run in learning["runs"]:
         how = {True: "ok", False: f"failed: {run['error']}", None: "running, or cut off"}[run["ok"]]
-        lines.append(f"{run['name']:<10} {when(run['started_at'])}, {how}")
+        problems = (run["report"] or {}).get("problems") or ()
+        lines.append(f"{run['name']:<10} {when(run['started_at'])}, {how}" + (f"; {problems[0]}" if problems else ""))
     return lines + [f"notice     {when(notice['at'])}: {notice['text']}" for notice in learning["notices"]]
 
 

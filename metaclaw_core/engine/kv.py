@@ -31,7 +31,7 @@ class Row:
     layers: tuple[tuple[Tensor, Tensor], ...]
 
     def __len__(self) -> int:
-        return self.layers[0][0].shape[1]
+        return int(self.layers[0][0].shape[1])
 
     def prefix(self, length: int) -> Row:
         return Row(tuple((k[:, :length], v[:, :length]) for k, v in self.layers))

@@ -132,7 +132,7 @@ class BaseModel:
 
     def _memory(self) -> float:
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0] / 2
+            return float(torch.cuda.mem_get_info(self.device)[0]) / 2
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 8
 
     def _bytes_per_token(self, config: Any) -> float:
@@ -179,3 +179,8 @@ def _logit_factor(config: Any) -> float:
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         return 1.0 / float(scaling)
     return 1.0
+
+
+def use_threads(count: int) -> None:
+    """CPU threads for everything torch does in this process."""
+    torch.set_num_threads(count)

@@ -2,9 +2,9 @@
 
 Design: methods run on the event loop and return at once. Work is handed to the worker; its result goes into
 `Futures` under an id made of the client's own sequence number. Nothing is shared between sessions but the base model
-and the checkpoints. A session's models and samplers are freed when it finishes, or when it was silent for
-`SESSION_SILENCE` seconds (the SDK sends a heartbeat every 10 s), which is looked at when a session begins. Requests are executed in the order of arrival; the
-SDK is told to send the chunks of one call one after the other, so this is the order of its sequence numbers.
+and the checkpoints. A session's models and samplers are freed when it finishes, or, at the next session's start, when
+it was silent for `SESSION_SILENCE` seconds (the SDK sends a heartbeat every 10 s). Requests are executed in the order
+of arrival; the SDK is told to send the chunks of one call one after the other, so this is its own order.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ MAX_DESCRIPTION = 1_024
 MAX_COMPATIBILITY = 500
 MAX_FILE = 1 << 20  # bytes of a SKILL.md; a larger one is not a skill
 
+_COMMA = re.compile("[,\uff0c\u3001]")  # the Chinese and Japanese ones too
 _CATEGORY, _TRIGGERS = "metaclaw-category", "metaclaw-triggers"
 _SESSIONS, _MODEL, _CREATED, _DIGEST = "metaclaw-sessions", "metaclaw-model", "metaclaw-created", "metaclaw-digest"
 
@@ -131,7 +133,7 @@ def parse(text: str, *, source: Path | None = None, status: Status = Status.ACTI
         description=front["description"].strip(),
         body=post.content.strip(),
         category=str(category) if category else None,
-        triggers=_strings(ours.pop(_TRIGGERS, None)),
+        triggers=_phrases(ours.pop(_TRIGGERS, None)),
         provenance=_take_provenance(ours),
         metadata=ours,
         status=status,
@@ -154,7 +156,8 @@ def render(skill: Skill) -> str:
     if skill.category:
         metadata[_CATEGORY] = skill.category
     if skill.triggers:
-        metadata[_TRIGGERS] = "\n".join(skill.triggers)
+        joined = "\n".join(skill.triggers)
+        metadata[_TRIGGERS] = joined if "\n" in joined or not _COMMA.search(joined) else joined + "\n"
     if skill.provenance is not None:
         p = skill.provenance
         known = {_SESSIONS: "\n".join(p.sessions), _MODEL: p.model, _CREATED: p.created, _DIGEST: p.digest}
@@ -172,6 +175,13 @@ def _take_provenance(metadata: dict[str, Any]) -> Provenance | None:
         return None
     model, created, digest = (str(taken[k]) if taken[k] else None for k in (_MODEL, _CREATED, _DIGEST))
     return Provenance(_strings(taken[_SESSIONS]), model, created, digest)
+
+
+def _phrases(value: Any) -> tuple[str, ...]:
+    """Trigger phrases: a YAML list, one a line, or in a text without lines, as a folded one is, between commas."""
+    if isinstance(value, str) and "\n" not in value:
+        value = _COMMA.split(value)
+    return _strings(value)
 
 
 def _strings(value: Any) -> tuple[str, ...]:

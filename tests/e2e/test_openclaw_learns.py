@@ -100,6 +100,8 @@ def test_two_corrections_become_one_skill_that_the_next_session_gets(stage: Stag
     (question,) = questions(stage)
     assert question.header(header) == key  # the caller's own, at the caller's own origin
     assert question.trace is None
+    secret = key.removeprefix("Bearer ").encode()
+    assert [path for path in stage.home.rglob("*") if path.is_file() and secret in path.read_bytes()] == []
 
     stage.wait_for(lambda: _skills(stage) == before + 1)
     stage.post("Please lint this project for me.", model, "next")

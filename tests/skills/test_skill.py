@@ -104,6 +104,28 @@ def test_a_name_in_any_script_is_allowed() -> None:
     assert validate(Skill("会议纪要", "d")) == []
 
 
+@pytest.mark.parametrize(
+    ("written", "triggers"),
+    [
+        (">-\n    merge conflict, both modified,\n    合并冲突，解决冲突、変基", ("merge conflict", "both modified", "合并冲突", "解决冲突", "変基")),
+        ("|\n    merge conflict\n    yes, do it", ("merge conflict", "yes, do it")),
+        ("[merge conflict, 'yes, do it']", ("merge conflict", "yes, do it")),
+        ("'one phrase'", ("one phrase",)),
+        ("', ,'", ()),
+        ("7", ()),
+    ],
+)
+def test_triggers_are_a_list_or_lines_or_stand_between_commas(written: str, triggers: tuple[str, ...]) -> None:
+    text = f"---\nname: a\ndescription: b\nmetadata:\n  metaclaw-triggers: {written}\n---\n\nc\n"
+    assert parse(text).triggers == triggers
+
+
+@pytest.mark.parametrize("triggers", [("yes, do it",), ("yes, do it", "合并、冲突"), ("plain",)])
+def test_a_comma_within_a_phrase_survives_writing_and_reading(triggers: tuple[str, ...]) -> None:
+    skill = Skill("a", "b", "c", triggers=triggers)
+    assert parse(render(skill)) == skill
+
+
 def test_the_hash_is_of_the_content_and_not_of_status_or_origin() -> None:
     one = Skill("a", "b", "c")
     assert one.content_hash == Skill("a", "b", "c", status=Status.STALE, provenance=Provenance(model="m")).content_hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from e2e_tools import ROOT, environment
 from judge_tools import assistant, exchange, result, user
 from sqlalchemy import insert, select, update
 
-from metaclaw_core.model import Injection
+from metaclaw_core.model import Exchange, Injection
 from metaclaw_core.skills.library import Library, bundled_folder
 from metaclaw_core.skills.skill import Provenance, Skill, Status
 from metaclaw_core.store.db import open_store
@@ -97,6 +98,13 @@ def said(skill: str, text: str) -> str:
     return f"### {skill}\n\n_{text}_\n\n1. Look first.\n2. Then act."
 
 
+def counted(made: Exchange, tokens: int, cached: int, out: int) -> Exchange:
+    """With what a provider says it took."""
+    answer = json.loads(made.response_body)
+    answer["usage"] = {"prompt_tokens": tokens, "completion_tokens": out, "prompt_tokens_details": {"cached_tokens": cached}}
+    return replace(made, response_body=json.dumps(answer).encode())
+
+
 def with_skills(home: Path) -> None:
     """Turns with skills and votes in them, runs of the worker, skills of every status."""
     start = START - 1_700_000_000.0
@@ -107,12 +115,13 @@ def with_skills(home: Path) -> None:
     first = [system, user("My rebase onto main stopped with a conflict in app/routes.py. Can you sort it out?")]
     looked = [*first, assistant("", [("c1", "exec", '{"command": "git status"}')]), result("c1", "both modified: app/routes.py")]
     then = [*looked, assistant("The conflict is resolved and the rebase is done."), user("Great. Write the release notes for it.")]
+    one, two = Injection(block, (rebase,), 7), Injection(more, (rebase, notes), 8)
     with open_store(home / "store.db") as store:
         store.ingest(
             [
-                exchange(start + 1, first, "", [("exec", '{"command": "git status"}')], injection=Injection(block, (rebase,), 7)),
-                exchange(start + 4, looked, "The conflict is resolved and the rebase is done.", injection=Injection(block, (rebase,), 7)),
-                exchange(start + 60, then, "Release 1.4: conflict-free routes.", injection=Injection(more, (rebase, notes), 8)),
+                counted(exchange(start + 1, first, "", [("exec", '{"command": "git status"}')], injection=one), 4210, 0, 31),
+                counted(exchange(start + 4, looked, "The conflict is resolved and the rebase is done.", injection=one), 4302, 4096, 118),
+                counted(exchange(start + 60, then, "Release 1.4: conflict-free routes.", injection=two), 5017, 4224, 12),
             ]
         )
         ids = list(by_flow(store))
