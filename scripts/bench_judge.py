@@ -5,6 +5,10 @@
 The judge is a scripted server in a process of its own; a request that hangs is given up after one second.
 Targets: every turn is scored once and none is lost; the time is that of the judge's answers divided by
 the concurrency, at most 25 % more; memory is flat from the second quarter on (below 5 % growth).
+
+The first figure is a ratio to what the judge alone needs, which a busy machine lengthens: scoring takes about half a core,
+and where that is not free the ratio grows while nothing is wrong. Read it together with the share of a core that is printed.
+What the clients of the proxy notice meanwhile is measured by bench_scoring_proxy.py.
 """
 
 from __future__ import annotations

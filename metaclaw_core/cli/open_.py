@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 
 import click
 
@@ -19,6 +20,8 @@ def command(port: int, no_browser: bool) -> None:
 
     The page is for reading, on 127.0.0.1 only, and the printed address works once.
     """
+    import webbrowser
+
     from metaclaw_core.cli.output import opened_store
     from metaclaw_core.skills.library import open_library
     from metaclaw_core.view.server import Server
@@ -37,9 +40,8 @@ def command(port: int, no_browser: bool) -> None:
                 click.echo(f"{server.url}\nThe address works once. Ctrl-C ends the page.")
                 sys.stdout.flush()
                 if not no_browser:
-                    import webbrowser
-
-                    webbrowser.open(server.url)
+                    # Beside the server: a browser of the terminal returns only when it is closed.
+                    threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
                 server.serve_forever()
             except KeyboardInterrupt:
                 click.echo()

@@ -35,10 +35,10 @@ def overview(store: Store, settings: Settings, now: float | None = None) -> dict
     for row in today:
         by_purpose[row["purpose"]] = by_purpose.get(row["purpose"], 0) + row["input_tokens"] + row["output_tokens"]
     with store.reading() as db:
-        states = {state: n for state, n in db.execute(select(turns.c.state, func.count()).group_by(turns.c.state))}
+        counted = db.execute(select(turns.c.state, func.count().label("n")).group_by(turns.c.state)).all()
         borrowed = db.scalar(select(func.sum(caller_spend.c.tokens)).where(caller_spend.c.at > now - DAY))
     return {
-        "turns": dict(sorted(states.items())),
+        "turns": {row.state: row.n for row in sorted(counted)},
         "segments": segment_counts(store),
         "judge": _judge(store, settings),
         "tokens": {

@@ -150,7 +150,8 @@ class Rewriter:
             state.turn = turn
             if not request.previous_response_id:
                 state.mark = identity.history_mark
-            state.texts = [redact_text(text[:2000]) for text in texts[-MAX_TEXTS:]]
+            if request.dialect == "openai_responses":  # the only one whose later requests may lack the history
+                state.texts = [redact_text(text[:2000]) for text in texts[-MAX_TEXTS:]]
             state.used_at = 0.0  # changed: to be saved
         messages = state.messages if request.previous_response_id else len(request.messages)
         if self._sessions.get(key) is None:
@@ -166,7 +167,7 @@ class Rewriter:
             (whole and identity.history_mark != state.mark)
             or now - state.used_at > self._skills.idle_minutes * 60
             or (whole and len(request.messages) < state.messages // 2)
-            or any(index.skill(name) is None for name in state.skills)
+            or any(name not in index for name in state.skills)
         )
 
     async def _found(self, texts: list[str], index: Index) -> Sequence[Hit]:

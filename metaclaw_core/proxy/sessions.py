@@ -17,7 +17,7 @@ import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +54,9 @@ class SessionState:
     used_at: float = 0.0  # unix seconds
 
 
+_FIELDS = tuple(f.name for f in fields(SessionState))
+
+
 def session_key(principal: str, session: str) -> str:
     """A session is (principal, session id): the same id under another credential is another session."""
     return sha256(f"{principal}\n{session}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -88,7 +91,7 @@ class Sessions:
         self._states.move_to_end(key)
         while len(self._states) > MAX_SESSIONS:
             self._states.popitem(last=False)
-        sink.put_session((key, json.dumps(asdict(state)).encode(), state.used_at))
+        sink.put_session((key, json.dumps({name: getattr(state, name) for name in _FIELDS}).encode(), state.used_at))
 
     def remember_response(self, principal: str, response_id: str, prior: Prior) -> None:
         """For clients that send only what is new (`previous_response_id`)."""

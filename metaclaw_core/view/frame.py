@@ -64,7 +64,7 @@ def frame(
     if seen is None:
         return Group(*parts, Text("Nothing has been recorded yet: `metaclaw run -- COMMAND` lets a command use the proxy."))
     queues = " · ".join(f"{n:,} {state}" for state, n in seen.states.items()) or "none"
-    parts.append(_fact("turns", queues))
+    parts.append(_fact("requests", queues))
     if seen.segments:
         parts.append(_fact("segments", " · ".join(f"{n:,} {state}" for state, n in seen.segments.items())))
     parts += [_fact("notice", f"{words.when(notice['at'])} {words.one_line(notice['text'])}", "yellow") for notice in seen.notices]

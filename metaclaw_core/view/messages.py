@@ -38,12 +38,19 @@ def said(message: Message) -> Said:
     return Said(message.role.value, parts, sum(len(part.text) + part.left_out for part in parts))
 
 
-def split(messages: Sequence[Message]) -> tuple[tuple[Said, ...], tuple[Said, ...], tuple[Said, ...]]:
-    """The system prompt, what went before, and what belongs to the human's last message."""
+def split(
+    messages: Sequence[Message], user_text: str | None
+) -> tuple[tuple[Said, ...], tuple[Said, ...], tuple[Said, ...]]:
+    """The system prompt, what went before, and what belongs to the human's last message.
+
+    That is the last one with `user_text` in it, since clients send messages of their own in the user's place, too.
+    """
     head = 0
     while head < len(messages) and messages[head].role in (Role.SYSTEM, Role.DEVELOPER):
         head += 1
-    last = max((i for i in range(head, len(messages)) if messages[i].role is Role.USER), default=head)
+    users = [i for i in range(head, len(messages)) if messages[i].role is Role.USER]
+    asking = [i for i in users if user_text and user_text in messages[i].text]
+    last = (asking or users or [head])[-1]
     rows = tuple(said(message) for message in messages)
     return rows[:head], rows[head:last], rows[last:]
 

@@ -98,7 +98,7 @@ class Site:
         detail = reading.turn(self._store, int(found[1]))
         if detail is None:
             return None
-        system, earlier, current = split(detail.messages)
+        system, earlier, current = split(detail.messages, detail.row["user_text"])
         answer = said(detail.response) if detail.response is not None else None
         return self._page("turn.html", detail=detail, row=detail.row, system=system, earlier=earlier, current=current, answer=answer)
 

@@ -9,10 +9,12 @@ import shutil
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,49 @@ def quiet_proxy(folder: Path, kit: Kit, *arguments: str, script: str = QUIET) ->
     with running_proxy(folder, "-s", str(file), *upstream_ca, *arguments) as proxy:
         control(proxy)  # the addon is there
         yield proxy
+
+
+# --- what else is in the network ------------------------------------------------------------------
+
+
+@contextmanager
+def https_files(folder: Path, context: ssl.SSLContext) -> Iterator[str]:
+    """The files of `folder` over HTTPS."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, *arguments):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            pass  # a handshake that the client broke off
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"https://localhost:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def site(tmp_path: Path, kit: Kit) -> Iterator[str]:
+    """A git repository (the "dumb" protocol) and a text file."""
+    www = tmp_path / "www"
+    www.mkdir()
+    (www / "hello.txt").write_text("hello")
+    run = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    work = tmp_path / "work"
+    subprocess.run(["git", "init", "-q", "-b", "main", str(work)], check=True)
+    subprocess.run([*run, "-C", str(work), "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", str(work), str(www / "repo.git")], check=True)
+    subprocess.run(["git", "-C", str(www / "repo.git"), "update-server-info"], check=True)
+    with https_files(www, kit.tls()) as url:
+        yield url
 
 
 # --- what can be asked ---------------------------------------------------------------------------

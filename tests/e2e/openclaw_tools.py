@@ -182,7 +182,10 @@ def _kit_llm() -> ModuleType:
 
 
 class Stage:
-    """One user: OpenClaw's gateway, the proxy, the LLM. ``with Stage(folder) as stage: stage.say("hello", "example/fake-1", …)``"""
+    """One user: OpenClaw's gateway, the proxy, the LLM. ``with Stage(folder) as stage: stage.say("hello", "example/fake-1", …)``
+
+    Without a gateway: ``with WithoutGateway(folder)`` and `agent`.
+    """
 
     def __init__(self, folder: Path, llm: RecordingLLM, change: Callable[[dict[str, Any]], None] = lambda config: None) -> None:
         """`change` edits OpenClaw's configuration (the kit's) before it starts."""
@@ -198,20 +201,23 @@ class Stage:
 
     def __enter__(self) -> Self:
         try:
-            for path in (self.home, self.state / "workspace", self.folder / "tmp"):
-                path.mkdir(parents=True)
-            (self.state / "workspace/notes.txt").write_text("remember the milk\n")
-            config = json.loads((SCRIPTS / "openclaw.json").read_text())
-            config["gateway"]["http"] = {"endpoints": {"chatCompletions": {"enabled": True}}}
-            config["models"]["providers"]["ollama"]["baseUrl"] = f"http://127.0.0.1:{self.reverse_port}"
-            self._change(config)
-            (self.state / "openclaw.json").write_text(json.dumps(config))
+            self.make_home()
             self.start_proxy()
             self.start_gateway()
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def make_home(self) -> None:
+        for path in (self.home, self.state / "workspace", self.folder / "tmp"):
+            path.mkdir(parents=True)
+        (self.state / "workspace/notes.txt").write_text("remember the milk\n")
+        config = json.loads((SCRIPTS / "openclaw.json").read_text())
+        config["gateway"]["http"] = {"endpoints": {"chatCompletions": {"enabled": True}}}
+        config["models"]["providers"]["ollama"]["baseUrl"] = f"http://127.0.0.1:{self.reverse_port}"
+        self._change(config)
+        (self.state / "openclaw.json").write_text(json.dumps(config))
 
     def __exit__(self, *exc: object) -> None:
         for process in reversed(self._running):
@@ -302,6 +308,11 @@ class Stage:
         env = self.agent_env(HOME=str(home), OPENCLAW_PROXY_URL=f"http://127.0.0.1:{self.proxy_port}")
         return _run([OPENCLAW, *arguments], {k: v for k, v in env.items() if k not in ("HTTP_PROXY", "HTTPS_PROXY")}, home)
 
+    def agent(self, text: str, model: str, session: str, **env: str) -> str:
+        """One turn of the same user without a gateway; `env` over what `agent_env` sets."""
+        arguments = ("--local", "--agent", "main", "--session-key", f"agent:main:{session}", "--model", model, "-m", text)
+        return _run([OPENCLAW, "agent", *arguments], self.agent_env(**env), self.user)
+
     def call(self, method: str, **parameters: Any) -> None:
         """A method of the gateway, as its own clients call it."""
         self.openclaw("gateway", "call", method, "--params", json.dumps(parameters), "--json")
@@ -346,6 +357,11 @@ class Stage:
         while not what():
             assert time.monotonic() < deadline, f"it did not come in {seconds} s"
             time.sleep(0.1)
+
+
+class WithoutGateway(Stage):
+    def start_gateway(self) -> None:
+        """OpenClaw's command line does without, in more time per turn."""
 
 
 def _run(command: Sequence[str], env: dict[str, str], folder: Path) -> str:

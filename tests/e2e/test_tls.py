@@ -7,14 +7,9 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
-from live_tools import GIT, chat, connection, control, eventually, kit, post, quiet_proxy  # noqa: F401 - kit is a fixture
+from live_tools import GIT, chat, connection, control, eventually, kit, post, quiet_proxy, site  # noqa: F401 - fixtures
 
 from metaclaw_core.testing import ScriptedLLM
 
@@ -22,46 +17,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (shutil.which("git") and shutil.which("curl")), reason="git and curl are needed"),
 ]
-
-
-@contextmanager
-def https_files(folder: Path, context: ssl.SSLContext) -> Iterator[str]:
-    """The files of `folder` over HTTPS."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(folder))
-
-        def log_message(self, *arguments):
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request, client_address):
-            pass  # a handshake that the client broke off
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"https://localhost:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def site(tmp_path, kit):  # noqa: F811
-    """A git repository (the "dumb" protocol) and a text file."""
-    www = tmp_path / "www"
-    www.mkdir()
-    (www / "hello.txt").write_text("hello")
-    run = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
-    work = tmp_path / "work"
-    subprocess.run(["git", "init", "-q", "-b", "main", str(work)], check=True)
-    subprocess.run([*run, "-C", str(work), "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    subprocess.run(["git", "clone", "-q", "--bare", str(work), str(www / "repo.git")], check=True)
-    subprocess.run(["git", "-C", str(www / "repo.git"), "update-server-info"], check=True)
-    with https_files(www, kit.tls()) as url:
-        yield url
 
 
 def tool(kit, proxy, *line: str) -> subprocess.CompletedProcess[str]:  # noqa: F811

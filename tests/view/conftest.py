@@ -168,12 +168,20 @@ def judged(store: Store, row: int, score: int, *reasons: str) -> None:
             db.execute(insert(votes).values(**values, started_at=START + 90, latency_ms=640.0))
 
 
-@pytest.fixture
-def recorded(metaclaw_home: Path) -> Path:
-    """The home of this test with all captures and `with_skills` in it."""
-    ran = subprocess.run([TOOL, "import", *CAPTURES], env=environment(metaclaw_home), capture_output=True, text=True, timeout=60)
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with all captures and `with_skills` in it; not to be changed."""
+    home = tmp_path_factory.mktemp("recording") / "metaclaw"
+    ran = subprocess.run([TOOL, "import", *CAPTURES], env=environment(home), capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
-    with_skills(metaclaw_home)
+    with_skills(home)
+    return home
+
+
+@pytest.fixture
+def recorded(recording: Path, metaclaw_home: Path) -> Path:
+    """The home of this test, a copy of `recording`."""
+    shutil.copytree(recording, metaclaw_home, dirs_exist_ok=True)
     return metaclaw_home
 
 
@@ -201,7 +209,7 @@ def browse(chromium: str, tmp_path: Path) -> Callable[..., str]:
         line = [
             *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
-            *(f"--user-data-dir={profile}", "--window-size=1280,800", "--virtual-time-budget=4000", *options, url),
+            *(f"--user-data-dir={profile}", "--virtual-time-budget=4000", *options, url),
         ]
         ran = subprocess.run(line, env=environment(tmp_path / "metaclaw"), capture_output=True, text=True, timeout=90)
         assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,7 @@
-"""The page in a real browser: the printed address gets in, data runs nothing, and what is shown can be read."""
+"""The page in a real browser: the printed address gets in, data runs nothing, and what is shown can be read.
+
+With SCREENSHOTS_TO=docs/screenshots the pictures of the documentation are taken anew.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +26,24 @@ def png_size(file: Path) -> tuple[int, int]:
     return width, height
 
 
-def taken(browse, url: str, file: Path) -> Path:
-    browse(url, f"--screenshot={file}")
-    assert png_size(file) == (1280, 800)
+def taken(browse, url: str, file: Path, height: int) -> None:
+    browse(url, f"--screenshot={file}", f"--window-size=1280,{height}")
+    assert png_size(file) == (1280, height)
     assert 20_000 < file.stat().st_size < 200_000  # smaller: next to nothing is on it
     if folder := os.environ.get("SCREENSHOTS_TO"):
         shutil.copy(file, Path(folder) / file.name)
-    return file
 
 
 def test_the_sessions_are_on_the_page(recorded, serve, browse, tmp_path):
     with serve(recorded) as page:
-        taken(browse, page.url, tmp_path / "sessions.png")
+        taken(browse, page.url, tmp_path / "sessions.png", 760)
 
 
 def test_a_session_is_on_its_page(recorded, serve, browse, tmp_path):
     with open_store(recorded / "store.db") as store:
         (session,) = {row["session"] for row in store.turns() if row["injected"]}
     with serve(recorded) as page:
-        taken(browse, page.at(f"/session/{session}?token={page.token}"), tmp_path / "session.png")
+        taken(browse, page.at(f"/session/{session}?token={page.token}"), tmp_path / "session.png", 420)
 
 
 def test_the_address_moves_on_to_one_without_the_token_and_the_script_runs(recorded, serve, browse):
@@ -68,3 +70,11 @@ def test_nothing_that_was_said_runs(metaclaw_home, serve, browse):
         assert "<img" not in shown
         assert "<svg" not in shown
         assert "owned'</script>" not in shown
+
+
+def test_a_page_that_was_rebound_to_our_address_gets_nothing_and_costs_nothing(recorded, serve, browse):
+    with serve(recorded) as page:
+        evil = page.url.replace("127.0.0.1", "evil.example")
+        shown = browse(evil, "--dump-dom", "--host-resolver-rules=MAP evil.example 127.0.0.1")
+        assert "only reached under its own address" in shown
+        assert "<h1>Sessions</h1>" in browse(page.url, "--dump-dom")

@@ -204,7 +204,7 @@ def test_an_empty_home_has_all_pages(reader):
     assert "None has had anything to do." in reader.get("/worker").text
 
 
-def test_every_link_of_the_recordings_leads_to_a_page(recorded, reader, page):
+def test_every_link_of_the_recordings_leads_to_a_page(recorded, page, reader):
     seen, waiting = {"/"}, ["/"]
     while waiting:
         answer = reader.get(waiting.pop())

@@ -37,7 +37,7 @@ def test_a_frame_of_an_empty_home_says_how_to_begin_and_makes_nothing(metaclaw_h
 def test_a_frame_has_queues_sessions_requests_skills_and_runs(recorded):
     shown = once(recorded)
     for piece in (
-        "turns     46 captured · 2 scored · 4 skipped",
+        "requests  46 captured · 2 scored · 4 skipped",
         "segments  1 done",
         "notice    ",
         "Skills are written with your agent's own key.",
