@@ -52,6 +52,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str, wi
     from rich.table import Table
     from rich.text import Text
 
+    from metaclaw_core.view.words import one_line
+
     grid = Table(box=None, pad_edge=False, header_style="bold", expand=bool(wide))
     for head in heads:
         grid.add_column(head, no_wrap=True, overflow="ellipsis", ratio=1 if head in wide else None)
@@ -59,7 +61,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str, wi
     for row in rows:
         count += 1
         # Text, not markup: what people write to agents is full of square brackets.
-        grid.add_row(*(Text(" ".join(cell.encode("utf-8", "replace").decode()[:200].split())) for cell in row))
+        # And clean of control characters: it may hold sequences that a terminal obeys.
+        grid.add_row(*(Text(one_line(cell, 200)) for cell in row))
     if count:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(grid)

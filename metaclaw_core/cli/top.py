@@ -38,7 +38,7 @@ def command(once: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     with _Source() as source:
         if once:
-            console.print(source.frame(_ONCE_HEIGHT))
+            console.print(source.frame(console.width, _ONCE_HEIGHT))
             return
         if not console.is_terminal:
             raise click.UsageError("This is no terminal: use --once.")
@@ -51,7 +51,7 @@ def _watch(console: Any, source: _Source) -> None:
 
     with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(source.frame(console.height), refresh=True)
+            live.update(source.frame(console.width, console.height), refresh=True)
             if pressed(_SECONDS) in ("q", "Q", "\x03", "\x04"):
                 return
 
@@ -69,7 +69,7 @@ class _Source:
         if self._store is not None:
             self._store.close()
 
-    def frame(self, height: int) -> RenderableType:
+    def frame(self, width: int, height: int) -> RenderableType:
         from metaclaw_core.view.frame import frame, gather
 
         problems: list[str] = []
@@ -80,7 +80,7 @@ class _Source:
                 seen = gather(store)
         except MetaClawError as e:
             problems.append(str(e))
-        return frame(_proxies(), seen, problems, height=height)
+        return frame(_proxies(), seen, problems, width=width, height=height)
 
     def _opened(self) -> Store | None:
         from metaclaw_core.store.db import open_store

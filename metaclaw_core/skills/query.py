@@ -27,6 +27,7 @@ from metaclaw_core.skills.tokens import capped, pairs, words
 
 MAX_TURNS = 8
 _ENOUGH = 2.0  # times the index's cut-off; flat between 1.8 and 2.2 on conversations
+_MOST = 2.0  # weight of a term, however often a pasted log says it: a request says most of its words once
 _LEAST = 0.1  # a smaller rest of weight changes no ranking
 
 
@@ -42,10 +43,10 @@ class Query:
 
 
 def terms(text: str) -> Mapping[str, float]:
-    """Term → weight for one turn: words and adjacent pairs; a repeat counts logarithmically."""
+    """Term → weight for one turn: words and adjacent pairs; a repeat counts logarithmically, and in all at most double."""
     found = words(capped(text))
     found += pairs(found)
-    return {term: 1.0 + math.log(n) if n > 1 else 1.0 for term, n in Counter(found).items()}
+    return {term: min(1.0 + math.log(n), _MOST) for term, n in Counter(found).items()}
 
 
 def turns(query: Query, cutoff: float, score: Callable[[str], NDArray[np.float32]]) -> list[tuple[str, float]]:

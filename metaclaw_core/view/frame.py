@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -25,6 +26,7 @@ from metaclaw_core.learn.runs import all_notices, last_runs
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.view import reading, words
 
+_WIDE = 120
 _MOST = 40  # rows of one table, however high the terminal
 
 
@@ -55,10 +57,11 @@ def gather(store: Store) -> Seen:
 
 
 def frame(
-    proxies: Sequence[Mapping[str, Any]], seen: Seen | None, problems: Sequence[str], *, height: int, now: float | None = None
+    proxies: Sequence[Mapping[str, Any]], seen: Seen | None, problems: Sequence[str], *, width: int, height: int
 ) -> RenderableType:
-    """`proxies` are answers to ``status``; `seen` is None where there is no store yet. About `height` lines."""
-    at = time.strftime("%H:%M:%S", time.localtime(now))
+    """`proxies` are answers to ``status``; `seen` is None where there is no store yet. About `height` lines; a terminal
+    narrower than 120 columns leaves answers and scores out, so that what the user said can be read."""
+    at = time.strftime("%H:%M:%S", time.localtime())
     parts: list[RenderableType] = [Rule(Text(f"metaclaw top  {at}"), align="left", style="dim"), _proxies(proxies)]
     parts += [Text(words.one_line(problem), style="red") for problem in problems]
     if seen is None:
@@ -71,7 +74,7 @@ def frame(
     left = max(12, height - 2 * len(proxies) - len(parts) - 12)
     sessions, turns = max(2, left // 5), max(3, left // 2)
     others = max(2, left - sessions - turns)
-    parts += [_sessions(seen.sessions[:sessions]), _turns(seen.turns[:turns])]
+    parts += [_sessions(seen.sessions[:sessions]), _turns(seen.turns[:turns], whole=width >= _WIDE)]
     parts.append(_beside(_skills(seen.skills[:others]), _runs(seen.runs[:others])))
     return Group(*parts)
 
@@ -137,23 +140,26 @@ def _sessions(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _turns(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _table("Requests", ("at", ""), ("kind", ""), ("user", "wide"), ("answer", "wide"), ("skills", ""), ("in", "right"),
-                   ("cached", "right"), ("out", "right"), ("score", "right"), ("state", ""))  # fmt: skip
+def _turns(rows: Sequence[dict[str, Any]], *, whole: bool) -> Table:
+    columns = [("at", ""), ("kind", ""), ("user", "wide"), ("answer", "wide"), ("skills", ""), ("in", "right"),
+               ("cached", "right"), ("out", "right"), ("score", "right"), ("state", "")]  # fmt: skip
+    shown = [whole or heading not in ("answer", "score") for heading, _ in columns]
+    table = _table("Requests", *compress(columns, shown))
     for row in rows:
         failed = row["error"] is not None
-        table.add_row(
+        cells: tuple[RenderableType, ...] = (
             _clock(row["started_at"]),
             Text(row["kind"]),
             Text(words.one_line(row["user_text"])),
             Text(words.one_line(row["error"] if failed else words.answer(row)), style="red" if failed else ""),
-            Text(words.one_line(", ".join(row["injected"]) if row["injected"] else None, 32), style="green"),
+            Text(words.one_line(", ".join(row["injected"]) if row["injected"] else None, 32 if whole else 16), style="green"),
             words.number(row["input_tokens"]),
             words.number(row["cached_tokens"]),
             words.number(row["output_tokens"]),
             words.score(row["score"]),
             Text(row["state"], style="red" if row["state"] == "failed" else ""),
         )
+        table.add_row(*compress(cells, shown))
     return table
 
 

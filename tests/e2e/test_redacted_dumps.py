@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from e2e_tools import Proxy
 from live_tools import Kit, connection, eventually, kit, post, prepare, quiet_proxy  # noqa: F401 - a fixture
+from mitmproxy.io import FlowReader
 from test_start import started
 
 from metaclaw_core.testing import Received, Script, ScriptedLLM
+from metaclaw_core.wire import by_name
 
 SCRIPT = """
 from metaclaw_core.proxy.addon import MetaClaw
@@ -41,7 +43,17 @@ def answer(received: Received) -> Script:
         return Script(raw=json.dumps({"file": KEY}).encode(), headers={"set-cookie": f"sid={CANARY}"})
     if received.path.startswith("/slow"):
         return Script(first_after=60)
-    return Script(text=f"Your key is {KEY}.", pieces=1, headers={"set-cookie": f"sid={CANARY}"})
+    return Script(text=f"Your key is {KEY}.", pieces=8, headers={"set-cookie": f"sid={CANARY}"})
+
+
+def said(body: bytes) -> str:
+    """The text of a chat completion, of a stream's deltas put together."""
+    if not body.startswith(b"data:"):
+        return body.decode()
+    parser = by_name("openai_chat").stream_parser()
+    parser.feed(body)
+    message = parser.finish().message
+    return message.text if message is not None else ""
 
 
 def body(*, stream: bool) -> bytes:
@@ -63,7 +75,7 @@ def played(request: pytest.FixtureRequest, tmp_path: Path, kit: Kit) -> Iterator
                 encoding = [("content-encoding", "gzip")] if content is gzipped else []
                 headers = [*HEADERS, *encoding, ("host", llm.url.partition("://")[2]), ("content-length", str(len(content)))]
                 got = post(place, content, proxy, headers=headers)
-                assert KEY.encode() in got.body  # the agent gets what the LLM said
+                assert KEY in said(got.body)  # the agent gets what the LLM said
                 assert ("set-cookie", f"sid={CANARY}") in got.headers
             with closing(_open(proxy, llm)):
                 proxy.stop()
@@ -87,6 +99,9 @@ def test_dumps_hold_no_secret_and_everybody_else_gets_everything(played: tuple[b
     if on:
         assert found == [0, 0]
         assert [dump.read_bytes().count(b"[redacted:openai-key]") > 6 for dump in dumps] == [True, True]
+        with dumps[0].open("rb") as file:
+            bodies = [flow.response.get_content() for flow in FlowReader(file).stream() if flow.response is not None]
+        assert [said(answer) for answer in bodies if answer.startswith(b"data:")] == ["Your key is [redacted:openai-key]."]
     else:
         assert all(count > 20 for count in found)  # so the search finds them
 

@@ -231,6 +231,18 @@ def test_a_crash_between_the_folder_and_the_journal_loses_nothing(library: Libra
     assert not (folder / ".new-0123").exists()
 
 
+def test_what_a_killed_writer_left_in_a_skills_folder_does_not_become_part_of_it(library: Library, folder: Path) -> None:
+    library.add(Skill("a", "one"))
+    library.add(Skill("c", "one", status=Status.CANDIDATE))
+    for place in (folder / "a", folder / ".candidate" / "c"):
+        (place / ".SKILL.md.0123456789ab.tmp").write_text("half a ski")
+    (folder / "a" / ".notes.tmp").write_text("the user's own")
+    assert library.add(Skill("b", "one")) == 4
+    assert [change.action for change in library.history()] == ["add", "add", "edited", "add"]  # his own file is an edit
+    assert list(folder.rglob(".SKILL.md.*")) == []
+    assert (folder / "a" / ".notes.tmp").exists()
+
+
 def test_a_damaged_journal_is_reported_with_its_line(library: Library, folder: Path) -> None:
     library.add(Skill("a", "one"))
     journal = folder / ".history" / "journal.jsonl"

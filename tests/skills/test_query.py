@@ -6,11 +6,18 @@ from metaclaw_core.skills import Index, Query
 from metaclaw_core.skills.query import MAX_TURNS, terms, turns
 
 
-def test_a_repeated_word_counts_logarithmically() -> None:
-    found = terms("index index index query")
+def test_a_repeated_word_counts_logarithmically_and_at_most_double() -> None:
+    found = terms("index index query")
     assert found["query"] == 1.0
-    assert round(found["index"], 3) == 2.099  # 1 + ln 3
+    assert round(found["index"], 3) == 1.693  # 1 + ln 2
     assert found["index query"] == 1.0
+    assert terms("index " * 60)["index"] == 2.0
+
+
+def test_a_pasted_log_that_repeats_one_word_does_not_outshout_the_request(index: Index) -> None:
+    request = "write the quarterly report for the board:\n"
+    assert index.search(request)[0].name == "quarterly-report"
+    assert index.search(request + "docker " * 60)[0].name == "quarterly-report"
 
 
 def test_one_text_and_a_conversation_make_the_same_kind_of_query() -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from e2e_tools import SCRIPT, environment, running_proxy
 from judge_tools import exchange, user
+from rich.console import Console
 
 from metaclaw_core.model import Injection
 from metaclaw_core.store.db import open_store
+from metaclaw_core.view.frame import frame, gather
 
 TOOL = str(Path(sys.executable).with_name("metaclaw"))
 
@@ -84,6 +86,19 @@ def test_without_a_terminal_it_says_what_to_use(metaclaw_home):
     ran = subprocess.run([TOOL, "top"], env=environment(metaclaw_home), capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
     assert "This is no terminal: use --once." in ran.stderr
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (119, 40), (200, 60)])
+def test_a_frame_fits_the_terminal_and_leaves_room_for_what_the_user_said(recorded, width, height):
+    with open_store(recorded / "store.db") as store:
+        seen = gather(store)
+    console = Console(width=width, height=height)
+    with console.capture() as captured:
+        console.print(frame([], seen, [], width=width, height=height))
+    lines = captured.get().splitlines()
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    assert any("Great. Wr" in line for line in lines)
 
 
 @pytest.mark.slow
