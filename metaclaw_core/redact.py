@@ -33,6 +33,18 @@ _NO_WORD = re.compile(rb"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9a-fA-F]{4})\Z")
 _ANY = re.compile(rb"")
 
 
+# A private key goes to the line that ends it, but not out of its JSON string: a quote before a comma, colon or bracket
+# may be the string's end. Without such a line (cut off, a list with a line an item) it is what looks like its lines.
+# So whoever only speaks of "-----BEGIN PRIVATE KEY-----" loses these words and no more, and JSON stays valid.
+_PEM_END = rb"-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----"
+_PEM_TO_ITS_END = rb"(?:(?!\"\s*[,:}\]]|-----BEGIN ).){0,16384}?" + _PEM_END
+_PEM_LINES = (
+    rb"(?:(?:\s|\\+[nrt])*(?:Proc-Type|DEK-Info): [A-Za-z0-9,-]+)*"
+    rb"(?:(?:\s|\\+[nrt])*[A-Za-z0-9+/=]{16,}|[\s\\\",+nrt]{1,200}?[A-Za-z0-9+/=]{40,})*"
+    rb"(?:[\s\\\",+nrt]{1,200}[A-Za-z0-9+/=]*[\s\\\",+nrt]{0,200}" + _PEM_END + rb")?"
+)
+
+
 def _shape(kind: str, anchor: bytes, pattern: bytes, before: re.Pattern[bytes] = _NO_WORD) -> _Shape:
     return _Shape(kind, anchor, re.compile(pattern, re.DOTALL), before)  # DOTALL: a PEM block has lines
 
@@ -62,7 +74,7 @@ _SHAPES = (
     _shape(
         "private-key",
         b"-----BEGIN ",
-        rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|$)",
+        rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----(?:" + _PEM_TO_ITS_END + rb"|" + _PEM_LINES + rb")",
     ),
     _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}", re.compile(rb"[Bb]\Z")),
 )

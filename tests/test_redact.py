@@ -97,6 +97,58 @@ def test_any_path_is_taken_and_a_second_pass_changes_nothing(path):
     assert redact_path(once) == once
 
 
+BEGIN, END = "-----BEGIN RSA PRIVATE KEY-----", "-----END RSA PRIVATE KEY-----"
+LINES = ["MIIEowIBAAKCAQEA" + "q7" * 24, "h4Jk+/" * 10 + "abcd", "Zm9vYmFyCg=="]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (f"what does {BEGIN} mean?", "what does [redacted:private-key] mean?"),
+        (f"a {BEGIN} b", "a [redacted:private-key] b"),
+        ("\n".join([BEGIN, *LINES, END, "and more"]), "[redacted:private-key]\nand more"),
+        ("\r\n".join([BEGIN, "Proc-Type: 4,ENCRYPTED", "DEK-Info: AES-128-CBC,3F2B", "", *LINES, END]), "[redacted:private-key]"),
+        ("\n".join([BEGIN, "Proc-Type: 4,ENCRYPTED", "", *LINES[:2]]), "[redacted:private-key]"),
+        ("\n".join([BEGIN, *LINES[:2]]) + "\n[truncated]", "[redacted:private-key]\n[truncated]"),
+        (f'KEY = "{BEGIN}\\n" +\n "{LINES[0]}\\n" +\n "{END}"', 'KEY = "[redacted:private-key]"'),
+    ],
+)
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_a_private_key_is_taken_out_of_its_text_and_nothing_else_is(text, left, depth):
+    body, expected = text, left
+    for _ in range(depth):
+        body, expected = json.dumps({"a": body, "systemInstruction": 1}), json.dumps({"a": expected, "systemInstruction": 1})
+    clean = redact(body.encode())[0].decode()
+    if depth < 2 or "KEY =" not in text:
+        assert clean == expected
+    assert not any(line in clean for line in LINES[:2])
+    if depth:
+        json.loads(clean)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("space", [None, 2])
+def test_a_private_key_in_a_list_of_lines_is_found_and_the_list_stays_json(ended, space):
+    body = json.dumps({"lines": [BEGIN, *LINES[:2], *([LINES[2], END] if ended else [])], "role": "user"}, indent=space)
+    clean = redact(body.encode())[0].decode()
+    assert json.loads(clean) == {"lines": ["[redacted:private-key]"], "role": "user"}
+
+
+def test_two_messages_that_speak_of_the_two_lines_of_a_key_stay_two():
+    body = json.dumps({"messages": [{"content": f"from {BEGIN}"}, {"content": ["x", f"to {END}"]}]})
+    assert json.loads(redact(body.encode())[0]) == {
+        "messages": [{"content": "from [redacted:private-key]"}, {"content": ["x", f"to {END}"]}]
+    }
+
+
+@given(st.lists(st.sampled_from([BEGIN, END, *LINES, "x", '"', "\n", "\\", ",", " and ", "a" * 50]), max_size=12), st.integers(1, 3))
+def test_whatever_stands_around_it_a_body_that_was_json_is_json_without_the_key(parts, depth):
+    body = "".join(parts)
+    for _ in range(depth):
+        body = json.dumps({"a": [body, "b"], "c" * 45: body})
+    json.loads(redact(body.encode())[0])
+
+
 FILLER = b'{"messages":"' + b"lorem ipsum dolor " * 4000 + b'"}'
 
 

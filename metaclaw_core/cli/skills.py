@@ -12,7 +12,7 @@ from metaclaw_core.cli.output import json_line, table
 from metaclaw_core.errors import SkillError
 from metaclaw_core.settings import Settings, home, load_settings, skills_settings
 from metaclaw_core.skills.library import Library, open_library
-from metaclaw_core.skills.skill import Skill, Status, parse, validate
+from metaclaw_core.skills.skill import Skill, Status, read
 
 if TYPE_CHECKING:
     from metaclaw_core.learn.counters import Figures
@@ -90,10 +90,10 @@ def search(text: str, k: int | None, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 def add(path: Path) -> None:
     """Copy a skill folder (or a SKILL.md) into your own skills. One of the same name is replaced; rollback undoes it."""
-    file = path / "SKILL.md" if path.is_dir() else path
-    skill = parse(file.read_text(encoding="utf-8"), source=file.parent)
-    if problems := validate(skill):
-        raise SkillError(f"{file} is not a valid skill: {'; '.join(problems)}.")
+    try:
+        skill = _read(path)
+    except SkillError as e:
+        raise SkillError(f"{path} is not a valid skill: {str(e).removesuffix('.')}.") from e
     generation = _library().add(skill)
     click.echo(f"{skill.name} is in your skills (generation {generation}).")
 
@@ -210,14 +210,16 @@ def rollback(generation: int | None, as_json: bool) -> None:
     table(["generation", "at", "action", "what"], rows, empty="Your skills have no history yet: nothing was changed.")
 
 
+def _read(path: Path) -> Skill:
+    return read(path / "SKILL.md" if path.is_dir() else path)
+
+
 def _problems(path: Path) -> list[str]:
-    file = path / "SKILL.md" if path.is_dir() else path
     try:
-        return validate(parse(file.read_text(encoding="utf-8"), source=file.parent))
+        _read(path)
     except SkillError as e:
         return [str(e)]
-    except (OSError, UnicodeDecodeError) as e:
-        return [f"{file.name} can't be read: {e}"]
+    return []
 
 
 def _described(skill: Skill) -> dict[str, object]:

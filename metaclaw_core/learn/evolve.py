@@ -154,9 +154,11 @@ class Evolver:
         library = self._library
         tally = Tally(found)
         tally.applied(await asyncio.to_thread(apply_proposed, self._store, library, self._step))  # what a crash left
-        for row in await asyncio.to_thread(_open_segments, self._store, self._clock()):
-            await self._segment(row, library, tally)
-            tally.applied(await asyncio.to_thread(apply_proposed, self._store, library, self._step))
+        began = self._clock()  # what is put off during this run is due after it: each pass has fewer
+        while rows := await asyncio.to_thread(_open_segments, self._store, began):
+            for row in rows:
+                await self._segment(row, library, tally)
+                tally.applied(await asyncio.to_thread(apply_proposed, self._store, library, self._step))
         return tally.report()
 
     async def _segment(self, row: Row[Any], library: Library, tally: Tally) -> None:

@@ -43,7 +43,7 @@ class Seen:
     identity: Identity
     session: str  # key of the session state
     slot: Slot | None  # in this body; None: it was not looked for, as there was no block
-    messages: int
+    messages: int  # about: since the full parse each item counts as one, whatever its dialect makes of it
 
 
 class Continuations:
@@ -93,7 +93,7 @@ def _follow(seen: Seen, body: bytes) -> Seen | None:
     (old_items, old_end), (new_items, new_end) = before, after
     if not body.startswith(old[old_end:], new_end) or len(body) - new_end != len(old) - old_end:
         return None
-    if any(_speaks(item) for item in (*old_items, *new_items)) or not any(_is_result(item) for item in new_items):
+    if any(_speaks(item) for item in (*old_items, *new_items)) or _results(new_items) <= _results(old_items):
         return None
     slot = seen.slot
     if slot is not None and slot.at >= start:
@@ -161,6 +161,11 @@ def _speaks(item: dict[str, Any]) -> bool:
         elif part.get("type") != "tool_result" and "functionResponse" not in part:
             return True
     return False
+
+
+def _results(items: list[dict[str, Any]]) -> int:
+    """How many hold a tool's result. More than before means a round of a tool loop; as many, a list that we took for it."""
+    return sum(map(_is_result, items))
 
 
 def _is_result(item: dict[str, Any]) -> bool:

@@ -45,7 +45,7 @@ from typing import Protocol
 
 from metaclaw_core.errors import SkillError
 from metaclaw_core.skills.files import sync_folder, write_atomic
-from metaclaw_core.skills.skill import MAX_FILE, Skill, Status, parse, render, validate
+from metaclaw_core.skills.skill import Skill, Status, read, render, validate
 
 _FILE = "SKILL.md"
 _HISTORY = ".history"
@@ -168,22 +168,17 @@ class Library:
     def _parsed(self, path: Path, status: Status) -> Skill | str:
         try:
             stat = path.stat()
-            seen = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-            if path in self._read and self._read[path][0] == seen:
-                return self._read[path][1]
-            result: Skill | str
-            if stat.st_size > MAX_FILE:
-                result = f"{_FILE} has {stat.st_size} bytes, at most {MAX_FILE} are read"
-            else:
-                result = parse(path.read_text(encoding="utf-8"), source=path.parent, status=status)
-        except SkillError as e:
-            result = str(e)
-        except UnicodeDecodeError:
-            result = f"{_FILE} is not UTF-8"
         except OSError as e:
             return f"{_FILE} can't be read: {e.strerror}"
-        self._read[path] = (seen, result)
-        return result
+        seen = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        if path not in self._read or self._read[path][0] != seen:
+            try:
+                self._read[path] = seen, read(path, status=status)
+            except SkillError as e:
+                if isinstance(e.__cause__, OSError):
+                    return str(e)  # perhaps a moment's matter, or rights, which change no time: look again
+                self._read[path] = seen, str(e)
+        return self._read[path][1]
 
     # --- history --------------------------------------------------------------------------------
 

@@ -148,6 +148,22 @@ def parse(text: str, *, source: Path | None = None, status: Status = Status.ACTI
     return skill
 
 
+def read(file: Path, *, status: Status = Status.ACTIVE) -> Skill:
+    """The skill in a SKILL.md. Raises `SkillError` with every fault in one sentence, also where it can't be read."""
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise SkillError(f"there is no file {file.name}")
+        if (size := file.stat().st_size) > MAX_FILE:
+            raise SkillError(f"{file.name} has {size} bytes, at most {MAX_FILE} are read")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise SkillError(f"{file.name} is not UTF-8") from e
+    except OSError as e:
+        raise SkillError(f"{file.name} can't be read: {e.strerror}") from e
+    folder = file.parent
+    return parse(text, source=folder if folder.name not in ("", "..") else folder.resolve(), status=status)
+
+
 def render(skill: Skill) -> str:
     """The SKILL.md of `skill`. `parse(render(s))` has the content of `s`, surrounding white space apart."""
     import frontmatter

@@ -370,6 +370,9 @@ def test_the_store_has_every_exchange_once_and_in_the_humans_words(after_all: St
     assert Counter(row["kind"] for row in rows) == kinds
     assert len({row["flow_id"] for row in rows}) == len(rows)
     for row in rows:
+        if row["kind"] == "compaction" and row["state"] == "skipped":  # OpenClaw gives one up where a person speaks meanwhile
+            assert row["error"] == "Client disconnected."
+            continue
         assert {name: row[name] for name in EXPECTED} == EXPECTED
         assert row["stop_reason"] == ("tool_calls" if row["tool_calls"] else "stop")
         assert row["error"] in (None, "Client disconnected.")  # some clients leave at "[DONE]", before the body's end

@@ -276,6 +276,15 @@ async def test_secrets_reach_neither_the_model_nor_a_file(store: Store, metaclaw
     assert holders == []
 
 
+async def test_one_run_gets_through_more_sessions_than_it_takes_at_a_time(store: Store) -> None:
+    for n in range(25):
+        Talk(f"s-{n}", key=f"agent:main:{n}").say(f"What is the weather like in town number {n}?").into(store)
+    model = Model(edits())
+    report = await run(store, model)
+    assert (report.segments, report.asked, len(model.asked)) == (25, 25, 25)
+    assert {state for state, _ in details(store)} == {"done"}
+
+
 async def test_two_evolvers_at_once_write_one_skill(store: Store) -> None:
     corrected().into(store)
     reports = await asyncio.gather(

@@ -23,10 +23,11 @@ RUNTIME = "Runtime: agent=main | session=agent:main:main | sessionId=5c89be32-3a
 HINTS = hints_from_headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"})
 
 
-def chat(*messages: Any) -> bytes:
+def chat(*messages: Any, parameters: Any = None) -> bytes:
     human = {"role": "user", "content": f"[Mon 2026-11-23 20:38 UTC] read my notes\n\n{RUNTIME}"}
     every = [{"role": "system", "content": SYSTEM}, human, *messages]
-    tools = [{"type": "function", "function": {"name": "read"}}]
+    function = {"name": "read"} if parameters is None else {"parameters": parameters, "name": "read"}
+    tools = [{"type": "function", "function": function}]
     return json.dumps({"model": "m", "messages": every, "tools": tools}, separators=(",", ":")).encode()
 
 
@@ -114,6 +115,16 @@ def test_what_is_no_continuation_is_left_to_the_full_parse(what, body):
     assert memory.next_of("k", body) is None
 
 
+def test_a_tools_example_of_a_conversation_is_not_taken_for_the_history():
+    examples = [{"role": "user", "content": CARRIER}, {"role": "tool", "content": "milk"}]
+    first, again = (chat(TAIL, parameters={"examples": more}) for more in (examples, [*examples, examples[0]]))
+    memory = Continuations()
+    memory.remember("k", seen(first))
+    assert memory.next_of("k", first) is None
+    assert memory.next_of("k", again) is None
+    assert memory.next_of("k", chat(call(0), result(0), TAIL, parameters={"examples": examples})) is not None
+
+
 def test_a_side_turns_loop_and_a_subagents_keep_their_kind():
     memory = Continuations()
     memory.remember("k", replace(seen(FIRST), identity=replace(seen(FIRST).identity, kind=Kind.SUBAGENT)))
@@ -145,3 +156,46 @@ def test_whatever_bytes_change_a_continuation_that_is_accepted_is_a_request_with
         assert request.system == by_name("openai_chat").parse_request(FIRST, "/").system
         assert identify(request, HINTS).session_id == short.identity.session_id
         assert by_name("openai_chat").system_slot(body) == short.slot
+
+
+TEXTS = ["milk", "a,{", "}]", ',{"role":"tool","content":"', '"', "\\", "ü", "[Mon 2026-11-23 20:38 UTC] stop", CARRIER, CARRIER + " more"]
+
+
+def turn_of(dialect: str, what: str, text: str) -> dict[str, Any]:
+    """One item of the history: a call whose arguments look like a history, its result, a human, an answer."""
+    decoy = {"messages": [{"role": "user", "content": text}, {"role": "tool", "content": text}], "system": text}
+    if dialect == "openai_chat":
+        function = {"name": "read", "arguments": json.dumps(decoy)}
+        asks = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+        return {"call": asks, "result": result(0, text)}.get(what) or {"role": what, "content": text}
+    if what == "call":
+        return {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "read", "input": decoy}]}
+    if what == "result":
+        return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": text}]}
+    return {"role": what, "content": [{"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize("dialect", ["openai_chat", "anthropic"])
+@given(st.data())
+def test_whatever_history_follows_is_what_the_full_parse_finds_or_is_left_to_it(dialect: str, data):
+    items = st.builds(turn_of, st.just(dialect), st.sampled_from(["call", "result", "result", "user", "assistant"]), st.sampled_from(TEXTS))
+    round_ = st.builds(lambda a, b: [turn_of(dialect, "call", a), turn_of(dialect, "result", b)], st.sampled_from(TEXTS), st.sampled_from(TEXTS))
+    old = [item for one in data.draw(st.lists(round_, max_size=2)) for item in one]
+    new = [*old, *data.draw(st.one_of(round_, st.lists(items, max_size=3)))]
+    if new and data.draw(st.booleans()):
+        new[data.draw(st.integers(0, len(new) - 1))] = data.draw(items)
+    tail = data.draw(st.lists(st.builds(turn_of, st.just(dialect), st.just("user"), st.sampled_from(TEXTS)), max_size=1))
+
+    def body(history: list[Any]) -> bytes:
+        whole = json.loads(chat(*history, *tail))
+        if dialect == "anthropic":
+            whole = {"messages": whole["messages"][1:], "tools": whole["tools"], "system": SYSTEM}
+        return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+
+    memory = Continuations()
+    memory.remember("k", seen(body(old), dialect))
+    short = memory.next_of("k", body(new))
+    if short is not None:
+        full = seen(body(new), dialect)
+        assert (short.slot, short.identity.session_id) == (full.slot, full.identity.session_id)
+        assert (short.identity.kind, short.identity.human_texts) == (full.identity.kind, full.identity.human_texts)

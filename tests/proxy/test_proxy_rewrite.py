@@ -130,6 +130,28 @@ async def test_a_long_pause_ends_the_epoch():
     assert skills(await talk.say("now beta")) == ("beta",)
 
 
+SYSTEM_OF_OPENCLAW = "<!-- openclaw:attempt:STABLE -->\nYou are a tester.\n<!-- openclaw:attempt:DYNAMIC -->"
+RUNTIME = "Runtime: agent=main | session=agent:main:main | sessionId=5c89be32-3adc-43ec-b0fd-efea88de0220 | shell=bash"
+SUMMARY = "The conversation history before this point was compacted into the following summary:\n\n<summary>\n{}\n</summary>"
+
+
+async def test_a_compaction_ends_the_epoch_once():
+    talk = Conversation()
+    talk.messages[0]["content"] = SYSTEM_OF_OPENCLAW
+
+    async def turn(text: str) -> tuple[str, ...]:
+        return skills(await talk.say(f"[Mon 2026-11-23 20:38 UTC] {text}\n\n{RUNTIME}"))
+
+    assert await turn("about alpha") == ("alpha",)
+    assert await turn("and more") == ("alpha",)
+    kept = talk.messages[-1:]
+    talk.messages = [talk.messages[0], {"role": "user", "content": SUMMARY.format("We spoke about alpha.")}, *kept]
+    assert await turn("now beta") == ("beta",)
+    assert await turn("and gamma") == ("beta", "gamma")  # the same summary: the same epoch
+    talk.messages[1] = {"role": "user", "content": SUMMARY.format("And about beta.")}
+    assert await turn("now delta") == ("delta",)
+
+
 async def test_a_history_that_shrinks_by_half_ends_the_epoch():
     talk = Conversation()
     for text in ("about alpha", "more", "more still", "and more", "the last"):
