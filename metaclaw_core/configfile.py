@@ -122,8 +122,9 @@ def _put(values: dict[str, Any], path: Key, value: Any) -> None:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=1 << 20)
-    return text.removesuffix("\n").removesuffix("\n...")
+    """`value` on one line, quoted so that it may also stand inside ``{…}``."""
+    text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, sort_keys=False, width=1 << 20)
+    return text.removesuffix("\n").removeprefix("[").removesuffix("]")
 
 
 def _set(text: str, path: Key, value: Any) -> str | None:

@@ -7,6 +7,7 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -45,6 +46,7 @@ _COMMANDS = {
     "purge": ("purge:command", "Forget recorded sessions, everywhere."),
     "uninstall": ("uninstall:command", "Undo wirings and service, and remove what MetaClaw wrote."),
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _LazyGroup(click.Group):
@@ -89,10 +91,11 @@ def main() -> None:
     except MetaClawError as e:
         click.echo(f"metaclaw: {e}", err=True)
         sys.exit(1)
-    except BrokenPipeError:  # `metaclaw turns | head`
-        sys.stderr.close()
-        sys.exit(0)
-    except OSError as e:
+    except OSError as e:  # not EPIPE (`metaclaw turns | head`): click ends quietly on that one
+        if e.filename is None and e.errno in _FULL:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered would fail once more at the exit
+            click.echo(f"metaclaw: the output can't be written ({e.strerror}): make room, or send it elsewhere.", err=True)
+            sys.exit(1)
         if not _in_our_home(e):
             raise
         click.echo(

@@ -11,6 +11,7 @@ Limits: keys are taken as they are typed; whether they work is for `metaclaw doc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ _FRESH = """\
 # Settings of MetaClaw. `metaclaw config show` lists every key with its value and where it comes from.
 # METACLAW_* in the environment wins over this file, flags win over both.
 
-# skills_only: skills and records. rl: a model of your own is trained as well (needs Tinker or the local engine).
+# skills_only: skills and records. rl is for training a model of your own, which this version does not do yet: the
+# proxy says so at its start and goes on as in skills_only.
 mode: skills_only
 
 # The LLM that writes skills and judges replies. Empty: your agent's own model and key, for skills only.
@@ -42,7 +44,7 @@ skills:
 
 rl:
   enabled: false
-  # A step of 32 turns from at least 4 sessions; smaller batches learn from noise.
+  # For training, once it is there: a step of 32 turns from at least 4 sessions; smaller batches learn from noise.
   batch_size: 32
   min_sessions: 4
 """
@@ -84,7 +86,7 @@ def _options[F: Callable[..., Any]](function: F) -> F:
     for option in reversed(
         (
             click.option("--non-interactive", is_flag=True, help="Ask nothing: flags, then the file's values, then defaults."),
-            click.option("--mode", type=click.Choice(["skills_only", "rl"])),
+            click.option("--mode", type=click.Choice(["skills_only", "rl"]), help="rl: keep settings for training, which is not built yet."),
             click.option("--provider", type=click.Choice([_NONE, *PRESETS]), help="LLM that writes skills; none: the agent's own."),
             click.option("--api-base", metavar="URL", help="Its OpenAI-compatible base URL."),
             click.option("--model", "model_id", metavar="ID", help="Its model."),
@@ -94,7 +96,7 @@ def _options[F: Callable[..., Any]](function: F) -> F:
             click.option("--rl-backend", type=click.Choice(["tinker", "local"]), help="Tinker's cloud or a local engine."),
             click.option("--tinker-key", metavar="KEY", help="Tinker's key; none: TINKER_API_KEY of the environment."),
             click.option("--tinker-url", metavar="URL", help="Base URL of the local engine."),
-            click.option("--rl-model", metavar="ID", help="The base model that is trained."),
+            click.option("--rl-model", metavar="ID", help="The base model to train."),
             click.option("--prm-url", metavar="URL", help="OpenAI-compatible endpoint of the judge; none: the LLM above."),
             click.option("--prm-model", metavar="ID"),
             click.option("--prm-key", metavar="KEY"),
@@ -118,7 +120,8 @@ def command(non_interactive: bool, **flags: Any) -> None:
     try:
         answers = _answers(Asker(flags, interactive=not non_interactive), old)
     except click.Abort:
-        click.echo(f"\nNothing was changed{'' if fresh else f' in {config_file()}'}.", err=True)
+        hint = "" if sys.stdin.isatty() else " Nobody can be asked here: metaclaw setup --non-interactive."
+        click.echo(f"\nNothing was changed{'' if fresh else f' in {config_file()}'}.{hint}", err=True)
         raise SystemExit(130) from None
     for path, value in answers.items():
         # What has its default already is not written down: a later version may know a better one.
@@ -132,7 +135,7 @@ def command(non_interactive: bool, **flags: Any) -> None:
 def _answers(asker: Asker, old: Settings) -> dict[configfile.Key, Any]:
     answers: dict[configfile.Key, Any] = {}
     answers["mode",] = mode = asker.ask(
-        "mode", "Mode: skills_only, or rl to train a model too", old.mode, click.Choice(["skills_only", "rl"])
+        "mode", "Mode: skills_only, or rl (settings for training a model, which is not built yet)", old.mode, click.Choice(["skills_only", "rl"])
     )
     answers |= _llm(asker, old)
     answers["skills", "auto_evolve"] = asker.yes("auto_evolve", "Write new skills from finished sessions?", old.skills.auto_evolve)
@@ -212,8 +215,10 @@ def _rl_model(asker: Asker, old: str, url: str, key: str) -> str:
 
 def _farewell(settings: Settings) -> None:
     click.echo(f"Wrote {config_file()}, readable by you only.")
-    if settings.mode == "rl" and not (settings.rl.prm_url or settings.llm.api_base):
-        click.echo("No judge yet: without rl.prm_url or llm.* nothing is scored, and nothing trained.")
+    if settings.mode == "rl":
+        click.echo("Mode rl: serving and training a model of your own is not built yet; until then it works as skills_only.")
+        if not (settings.rl.prm_url or settings.llm.api_base):
+            click.echo("No judge yet: without rl.prm_url or llm.* nothing is scored.")
     if settings.llm.provider and PRESETS[settings.llm.provider].needs_key and not settings.llm.api_key:
         click.echo("llm.api_key is empty: set METACLAW_LLM_API_KEY, or `metaclaw config llm.api_key -`.")
     from metaclaw_core.proxy.control import running_proxies

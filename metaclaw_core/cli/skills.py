@@ -11,6 +11,7 @@ import click
 from metaclaw_core.cli.output import json_line, table
 from metaclaw_core.errors import SkillError
 from metaclaw_core.settings import Settings, home, load_settings, skills_settings
+from metaclaw_core.skills.inject import SkillText, fits
 from metaclaw_core.skills.library import Library, open_library
 from metaclaw_core.skills.skill import Skill, Status, read
 
@@ -96,6 +97,9 @@ def add(path: Path) -> None:
         raise SkillError(f"{path} is not a valid skill: {str(e).removesuffix('.')}.") from e
     generation = _library().add(skill)
     click.echo(f"{skill.name} is in your skills (generation {generation}).")
+    most = load_settings().skills.max_injected_tokens
+    if not fits(SkillText(skill.name, skill.description, skill.body), most):
+        click.echo(f"It is too long to be injected: skills.max_injected_tokens is {most:,}.", err=True)
 
 
 @command.command("validate")

@@ -18,7 +18,7 @@ def start_options[F: Callable[..., Any]](function: F) -> F:
     for option in (
         click.option("--lean/--no-lean", default=True, help="Leave out the parts of mitmproxy that have nothing to do here (default)."),
         click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A mitmproxy or metaclaw_* option, as for mitmdump."),
-        click.option("--mode", type=click.Choice(["skills_only", "rl"]), help="Default: mode of the settings."),
+        click.option("--mode", type=click.Choice(["skills_only", "rl"]), help="Default: mode of the settings. rl serves and trains nothing yet."),
         click.option("--port", type=click.IntRange(1, 65535), help="Listen here; default: proxy.port, 30000."),
     ):
         function = option(function)

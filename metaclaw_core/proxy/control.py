@@ -1,7 +1,7 @@
 """One Unix socket per proxy: JSON lines in, JSON lines out.
 
 Design: the few things one may ask of a running proxy are functions in a table, named ``status``,
-``bypass``, ``flush``, ``drain`` and ``reload``; the command line and mitmproxy's own commands call the
+``bypass``, ``flush``, ``forget``, ``drain`` and ``reload``; the command line and mitmproxy's own commands call the
 same ones. None of them returns a credential or a body. The socket lies in a 0700 folder, so the file
 system is the access control.
 
@@ -29,7 +29,7 @@ from metaclaw_core.settings import private_dir
 logger = logging.getLogger(__name__)
 
 type Handler = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
-COMMANDS = ("status", "bypass", "flush", "drain", "reload")
+COMMANDS = ("status", "bypass", "flush", "forget", "drain", "reload")
 _MAX_PATH = 96
 _MAX_LINE = 64 * 1024
 

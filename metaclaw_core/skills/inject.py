@@ -53,6 +53,11 @@ def render_skill(skill: SkillText) -> str:
     return f"\n\n### {skill.name}\n\n_{' '.join(skill.description.split())}_\n\n{skill.body.strip()}"
 
 
+def fits(skill: SkillText, max_tokens: int) -> bool:
+    """Can the skill ever be injected, alone if need be?"""
+    return estimate_tokens(_HEAD + render_skill(skill)) <= max_tokens
+
+
 def plan(
     block: Block,
     hits: Sequence[Hit],

@@ -31,6 +31,12 @@ def test_a_skill_is_added_found_shown_archived_and_brought_back(cli, tmp_path):
     assert "zebra" in [json.loads(line)["name"] for line in cli("skills", "list", "--json").out.splitlines()]
 
 
+def test_a_skill_that_is_too_long_to_be_injected_is_added_and_says_so(cli, tmp_path):
+    ran = cli("skills", "add", str(folder(tmp_path, "zebra", ZEBRA + "zebra paint. " * 2500)))
+    assert (ran.code, ran.out) == (0, "zebra is in your skills (generation 1).\n")
+    assert ran.err == "It is too long to be injected: skills.max_injected_tokens is 2,000.\n"
+
+
 @pytest.mark.parametrize("words", [".", "SKILL.md", "../zebra", "../zebra/"])
 def test_a_skill_may_be_named_from_within_its_folder(cli, tmp_path, monkeypatch, words):
     monkeypatch.chdir(folder(tmp_path, "zebra"))

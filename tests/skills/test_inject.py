@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaclaw_core.skills.index import Hit
-from metaclaw_core.skills.inject import Block, SkillText, estimate_tokens, plan, render_skill
+from metaclaw_core.skills.inject import Block, SkillText, estimate_tokens, fits, plan, render_skill
 
 
 def library(**tokens: int):
@@ -60,6 +60,7 @@ def test_the_best_skill_may_take_the_whole_budget_but_no_more():
     lookup = library(long=1500, longer=2500, b=100)
     assert chosen(Block(), hits(long=3.0, b=3.0), lookup).skills == ("long",)
     assert chosen(Block(), hits(longer=3.0), lookup) == Block()
+    assert [fits(lookup(name), 2000) for name in ("long", "longer")] == [True, False]
     assert chosen(Block(), hits(longer=3.0, b=3.0), lookup).skills == ("b",)
 
 
