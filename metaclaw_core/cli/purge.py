@@ -47,7 +47,9 @@ def command(session: str | None, before: datetime | None, everything: bool, yes:
     selection = Selection(session, before.timestamp() if before else None)
     if not home().exists():
         raise ConfigError(f"There is no {home()}, so nothing was recorded.")
-    _flush()
+    # What running proxies hold in their queues comes to disk first.
+    for problem in _tell_proxies("flush", "what it still holds in memory is not forgotten"):
+        click.echo(f"metaclaw: {problem}", err=True)
     with opened_store() as store:
         found = find(store, selection)
         if not as_json:
@@ -74,20 +76,25 @@ def _purge(store: Store, found: Found) -> PurgeReport:
         *report.problems,
         *purge.purge_spools(home() / "spool", found),
         *purge.purge_session_file(home() / "run" / "sessions.db", found),
+        *_tell_proxies("forget", "restart it, or it may write down again what it knows"),
         *purge.purge_logs(home() / "logs", found),
     ]
     return replace(report, problems=tuple(problems))
 
 
-def _flush() -> None:
-    """Let running proxies write what they hold in their queues."""
+def _tell_proxies(message: str, otherwise: str) -> list[str]:
+    """One command to each running proxy; a sentence for each that does not take it."""
     from metaclaw_core.proxy.control import call, running_proxies
 
+    problems = []
     for proxy in running_proxies(home()):
         try:
-            call(proxy, "flush")
-        except OSError as e:
-            click.echo(f"metaclaw: the proxy with pid {proxy.pid} does not answer ({e}); what it still holds in memory is not forgotten.", err=True)
+            problem = call(proxy, message).get("error")
+        except (OSError, ValueError) as e:
+            problem = str(e)
+        if problem:
+            problems.append(f"The proxy with pid {proxy.pid} did not {message} ({problem}): {otherwise}.")
+    return problems
 
 
 @contextmanager
@@ -129,9 +136,6 @@ def _learned(found: Found) -> list[str]:
 
 
 def _tell(found: Found, report: PurgeReport, as_json: bool) -> None:
-    from metaclaw_core.proxy.control import running_proxies
-
-    running = bool(list(running_proxies(home())))
     if as_json:
         json_line(
             {
@@ -141,13 +145,10 @@ def _tell(found: Found, report: PurgeReport, as_json: bool) -> None:
                 "blobs": report.blobs,
                 "problems": list(report.problems),
                 "related": list(found.related),
-                "restart_needed": running,
             }
         )
         return
     click.echo(f"Forgotten: {report.turns} exchanges, {report.sessions} sessions, {report.messages} messages.")
-    if running:
-        click.echo("The running proxy still knows it and would write it down if it goes on; `metaclaw restart` makes it forget.")
     for problem in report.problems:
         click.echo(f"metaclaw: {problem}", err=True)
     if load_settings().store.url and "postgresql" in load_settings().store.url:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,13 @@ class MetaClaw:
         if old is not None:
             asyncio_utils.create_task(old.aclose(), name="metaclaw-retriever-close", keep_ref=True)
 
+    def forget(self) -> None:
+        """The recorded was purged: nothing of it may come back out of this process's memory."""
+        if self._runtime is not None:
+            self._runtime.sessions.forget(self._runtime.home / "run" / "sessions.db")
+        if self._rewriter is not None:
+            self._rewriter.forget()
+
     @property
     def retrieval_note(self) -> str | None:
         """Why the last retrieval was not what was asked for; None: it was."""
@@ -231,6 +240,11 @@ class MetaClaw:
             del self._runtime.flights[flow.id]
             self._runtime.counters["passed: the request was streamed, not recorded"] += 1
             return
+        if flow.live and time.monotonic() < self._runtime.refuse_until:
+            del self._runtime.flights[flow.id]
+            self._runtime.counters["refused: the proxy is about to end"] += 1
+            flow.response = _error(503, "The proxy is restarting; try again.", "server_error", "restarting", {"retry-after": "2"})
+            return
         flight.body = flow.request.raw_content or b""
         if not flow.live:
             return
@@ -299,11 +313,7 @@ class MetaClaw:
             return
         self._runtime.counters[f"websocket: {self.settings.proxy.websocket}"] += 1
         if self.settings.proxy.websocket == "fallback":
-            flow.response = http.Response.make(
-                426,
-                b'{"error":{"message":"WebSocket is not served here; use HTTP.","type":"invalid_request_error","code":"upgrade_required"}}',
-                {"content-type": "application/json", "connection": "close"},
-            )
+            flow.response = _error(426, "WebSocket is not served here; use HTTP.", "invalid_request_error", "upgrade_required")
 
     def _record(self, flow: http.HTTPFlow, problem: str | None = None) -> None:
         """`problem`: why the answer is not whole, where the flow itself doesn't say so."""
@@ -393,6 +403,12 @@ def _lends_keys(settings: Settings) -> bool:
     llm = settings.llm
     named = llm.api_key or llm.api_base or llm.provider == "ollama" or settings.rl.evolver_api_base
     return llm.use_caller_credentials and settings.skills.auto_evolve and not named
+
+
+def _error(status: int, message: str, kind: str, code: str, headers: Mapping[str, str] | None = None) -> http.Response:
+    """An answer of our own, in the form that clients of all dialects can read."""
+    body = json.dumps({"error": {"message": message, "type": kind, "code": code}}, separators=(",", ":")).encode()
+    return http.Response.make(status, body, {"content-type": "application/json", "connection": "close", **(headers or {})})
 
 
 def _assign(request: http.Request, body: bytes) -> None:

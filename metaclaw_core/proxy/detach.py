@@ -4,7 +4,8 @@ Design: a proxy is known by its control socket, not by a pid in a file: who answ
 no signal ever goes to a stranger that got a dead proxy's pid. A start counts as done when the socket answers and
 the port takes connections; until then every end of the new process is shown with what it wrote.
 
-Limits: requests that begin between the end of the drain and the signal are cut; an agent's own retry covers them.
+Limits: LLM requests that come between the end of the drain and the signal get a 503 that clients repeat; what is no
+LLM request is cut by the signal.
 """
 
 from __future__ import annotations

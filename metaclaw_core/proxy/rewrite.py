@@ -84,6 +84,10 @@ class Rewriter:
     async def aclose(self) -> None:
         await self._retriever.aclose()
 
+    def forget(self) -> None:
+        """Drop the requests that are kept to know their continuations by."""
+        self._continuations = Continuations()
+
     async def rewrite(
         self, dialect: Dialect, body: bytes, path: str, hints: Hints, principal: str, index: Index | None
     ) -> Rewritten:

@@ -61,6 +61,7 @@ class Runtime:
     flights: dict[str, Flight] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     started_at: float = field(default_factory=time.time)
+    refuse_until: float = 0.0  # monotonic; drained: a new request would be cut by the end that is coming
     bypass: bool = False  # every request passes unchanged, still recorded
     users: int = 0
     leaving: int = 0  # of them, those that are only waiting for a successor

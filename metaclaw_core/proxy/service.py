@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+_REFUSE_SECONDS = 20.0  # then nobody has ended us, and traffic goes on
 _FIRST_SKILLS = 500  # more would hold up the start; the worker's index has them all
 
 
@@ -85,6 +86,7 @@ class Service:
             "status": self._status,
             "bypass": self._bypass,
             "flush": self.flush,
+            "forget": self._forget,
             "drain": self._drain,
             "reload": self._reload,
         }
@@ -178,11 +180,17 @@ class Service:
     async def flush(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return {"flushed": await asyncio.to_thread(self._runtime.spool.flush, 5.0)}
 
+    async def _forget(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        self._addon.forget()
+        return {"forgotten": True}
+
     async def _drain(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Wait until no LLM request is open, at most `seconds` (60), then flush."""
+        """Wait until no LLM request is open, at most `seconds` (60), then flush. Until then new ones are served; after
+        it they get a 503 that clients repeat, since whoever drains ends this process next."""
         deadline = time.monotonic() + float(message.get("seconds", 60))
         while self._runtime.flights and time.monotonic() < deadline:  # noqa: ASYNC110 - flows end in many places
             await asyncio.sleep(0.05)
+        self._runtime.refuse_until = time.monotonic() + _REFUSE_SECONDS
         return {"open_requests": len(self._runtime.flights), **await self.flush(message)}
 
     async def _reload(self, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,11 @@ class Sessions:
                     sessions._states[key] = SessionState(**json.loads(value))
         return sessions
 
+    def forget(self, path: Path) -> None:
+        """Only what the file still holds: it was purged."""
+        self._states = Sessions.load(path)._states
+        self._responses.clear()
+
     def get(self, key: str) -> SessionState | None:
         state = self._states.get(key)
         if state is not None:

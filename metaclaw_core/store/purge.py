@@ -6,9 +6,9 @@ nothing, so that the bytes are gone and not only the rows. What is not in the st
 proxy's session file, logs. ``HOLDS`` says of every table how it is handled; a test fails for a table without an entry.
 
 Limits: what other sessions repeat of a conversation (a subagent's task, a fork) is theirs and stays, and so does what
-newer exchanges of the same session repeat where only a date was given. A learned skill stays; the command names it. A
-running proxy keeps a session's state in memory until it is restarted. PostgreSQL's own log, copies, backups and the
-disk's free blocks are out of reach.
+newer exchanges of the same session repeat where only a date was given. A learned skill stays; the command names it. An
+exchange that is still open is recorded when it ends. PostgreSQL's own log, copies, backups and the disk's free blocks
+are out of reach.
 """
 
 from __future__ import annotations

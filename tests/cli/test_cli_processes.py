@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import trustme
 from e2e_tools import environment, free_port
 
-from metaclaw_core.proxy.control import running_proxies
+from metaclaw_core.proxy.control import call, running_proxies
 from metaclaw_core.proxy.detach import live_proxies
 from metaclaw_core.proxy.startoptions import StartOptions, read_back, written_down
 from metaclaw_core.testing import Script, ScriptedLLM
@@ -241,3 +242,34 @@ def test_what_a_proxy_was_started_with_is_there_while_it_runs(metaclaw_home):
         assert found == StartOptions(port=1, sets=("metaclaw_max_context_tokens=9000",), left_out=("proxyauth",))
         assert (metaclaw_home / "run" / f"{os.getpid()}.start").stat().st_mode & 0o777 == 0o600
     assert read_back(metaclaw_home, os.getpid()) is None
+
+
+@pytest.mark.slow
+def test_a_drained_proxy_refuses_what_it_would_cut_and_a_purge_reaches_its_memory(metaclaw):
+    port = free_port()
+    assert metaclaw("start", "-d", "--port", str(port)).returncode == 0
+    with ScriptedLLM() as llm:
+        url = f"{llm.url}/v1/chat/completions"
+        headers = {"content-type": "application/json"}
+        with httpx.Client(proxy=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+            assert client.post(url, content=BODY, headers=headers).status_code == 200
+            assert metaclaw.status()["sessions"] == 1
+            purged = metaclaw("purge", "--all", "--yes")
+            assert (purged.returncode, purged.stderr) == (0, "")
+            assert metaclaw.status()["sessions"] == 0
+            (proxy,) = running_proxies(metaclaw.home)
+            assert call(proxy, "drain", seconds=1)["open_requests"] == 0
+            refused = client.post(url, content=BODY, headers=headers)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+            assert refused.json()["error"]["message"] == "The proxy is restarting; try again."
+        assert len(llm.received) == 1
+    assert metaclaw.status()["counters"]["refused: the proxy is about to end"] == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [("config", "show"), ("--help",), ("turns",)])
+def test_an_output_that_takes_nothing_is_one_sentence(metaclaw, words):
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run([TOOL, *words], env=metaclaw.env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert ran.stderr == "metaclaw: the output can't be written (No space left on device): make room, or send it elsewhere.\n"

@@ -279,7 +279,7 @@ def test_a_damaged_index_leaves_the_old_one_in_use_and_a_fresh_start_goes_on_wit
             assert status["skills"]["generation"] == generation
             assert "is damaged" in status["skills_problem"]
             index.write_bytes(whole)
-            eventually(lambda: control(proxy)["skills_problem"] is None)
+            eventually(lambda: control(proxy)["skills_problem"] is None, 2)  # seconds, as promised
             index.write_bytes(b"\0" * 100)
         with quiet_proxy(tmp_path, kit) as proxy:
             for text in (GIT, "two"):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from metaclaw_core.skills import IndexWatcher, Skill, build_index, save_index
@@ -25,9 +24,9 @@ def test_a_watcher_is_empty_until_there_is_a_file_and_then_follows_it(tmp_path: 
     assert first.names == ("one",)
 
 
-def test_a_damaged_file_keeps_the_old_index_and_is_reported_once(tmp_path: Path) -> None:
-    path, reports = tmp_path / "index", []
-    watcher = IndexWatcher(path, report=reports.append)
+def test_a_damaged_file_keeps_the_old_index_and_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    watcher = IndexWatcher(path)
     publish(path, "one", 1)
     watcher.poll()
     path.write_bytes(path.read_bytes()[:100])  # in place, as no writer of ours does
@@ -35,7 +34,6 @@ def test_a_damaged_file_keeps_the_old_index_and_is_reported_once(tmp_path: Path)
     assert not watcher.poll()
     assert watcher.current.names == ("one",)
     assert watcher.current.search("one", cutoff=0)
-    assert reports == [watcher.problem]
     assert str(watcher.problem).startswith(f"{path} is damaged: its checksum does not fit")
     publish(path, "two", 2)
     assert watcher.poll()
@@ -51,17 +49,3 @@ def test_a_vanished_file_keeps_the_old_index(tmp_path: Path) -> None:
     assert not watcher.poll()
     assert watcher.problem == f"{path} is gone"
     assert watcher.current.names == ("one",)
-
-
-def test_the_thread_takes_over_a_new_file_within_two_seconds(tmp_path: Path) -> None:
-    path = tmp_path / "index"
-    watcher = IndexWatcher(path, interval=0.05)
-    watcher.start()
-    try:
-        publish(path, "one", 1)
-        deadline = time.monotonic() + 2
-        while watcher.current.generation != 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert watcher.current.names == ("one",)
-    finally:
-        watcher.stop()
