@@ -55,7 +55,7 @@ def values_of(text: str) -> dict[str, Any]:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{config_file()} is not valid YAML{where}: {getattr(e, 'problem', e)}.") from e
+        raise ConfigError(f"{config_file()} is not valid YAML{where}: {getattr(e, 'problem', e)}. Mend it, or move it away: `metaclaw setup` writes a new one.") from e
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from metaclaw_core.errors import ConfigError
@@ -30,6 +30,14 @@ _NOT_SETTINGS = ("HOME", "SHARED", "TEST_", "NO_", "SKIP_", "BENCH_")
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _a_key_is_one_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """A line break or a typographic dash came along with the copying, and no server would take it."""
+        if isinstance(value, str) and is_secret((info.field_name or "",)) and not all("!" <= c <= "~" for c in value):
+            raise ValueError("a key has no spaces, line breaks or letters outside ASCII; copy it again")
+        return value
 
 
 class LLM(_Section):
@@ -148,6 +156,11 @@ def leaves(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> I
             yield (*prefix, name)
 
 
+def is_setting_variable(name: str) -> bool:
+    """Is an environment variable meant as a setting? (``METACLAW_HOME`` and what the tests use are not.)"""
+    return name.startswith("METACLAW_") and not name.removeprefix("METACLAW_").startswith(_NOT_SETTINGS)
+
+
 def nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     """``("a", "b"), v`` → ``{"a": {"b": v}}``."""
     for name in reversed(path):
@@ -209,7 +222,7 @@ def _file_layer() -> dict[str, Any]:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML{where}: {getattr(e, 'problem', e)}") from e
+        raise ConfigError(f"{path} is not valid YAML{where}: {getattr(e, 'problem', e)}. Mend it, or move it away: `metaclaw setup` writes a new one.") from e
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -221,7 +234,7 @@ def _env_layer() -> dict[str, Any]:
     known = {"METACLAW_" + "_".join(path).upper(): path for path in leaves()}
     layer: dict[str, Any] = {}
     for name, value in _ENV.items():
-        if not name.startswith("METACLAW_") or name.removeprefix("METACLAW_").startswith(_NOT_SETTINGS):
+        if not is_setting_variable(name):
             continue
         path = known.get(name)
         if path is None:
@@ -289,7 +302,7 @@ def _explain(err: Any, source: Mapping[tuple[str, ...], str]) -> str:
         remedy = f" `metaclaw config {key} --unset` takes it out." if where == str(config_file()) else ""
         return f"{key} is not a known setting (from {where}).{_nearest(key, {'.'.join(p): p for p in leaves()})}{remedy}"
     value = "***" if is_secret(path) else repr(err["input"])
-    return f"{key} = {value} is not allowed (from {where}): {err['msg']}."
+    return f"{key} = {value} is not allowed (from {where}): {err['msg'].removeprefix('Value error, ')}."
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def command(
     if context.invoked_subcommand:
         return
     if not model:
-        raise click.UsageError("Give --model.", context)
+        raise click.UsageError("Give --model, the folder or hub id of a base model.", context)
     _need_torch()
     import asyncio
 

@@ -126,7 +126,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     said += [f"{n} waiting: {reason}" for reason, n in report["waiting"].items()]
     said += [f"problem: {problem}" for problem in report["problems"]]
     if report["skipped"]:
-        said.append(f"{report['skipped']} had nothing to learn from")
+        said.append(f"{report['skipped']} part{'s' if report['skipped'] > 1 else ''} of conversations held nothing to learn")
     if report["failed"]:
-        said.append(f"{report['failed']} failed")
+        said.append(f"{report['failed']} part{'s' if report['failed'] > 1 else ''} of conversations failed; `metaclaw status` says why")
     return said or ["Nothing new to learn from."]

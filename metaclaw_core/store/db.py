@@ -52,7 +52,11 @@ def open_engine(target: str | Path) -> Engine:
         except BaseException:
             engine.dispose()
             raise
-    except (SQLAlchemyError, sqlite3.Error, OSError) as e:
+    except OSError as e:
+        raise StoreError(
+            f"The store {url!r} can't be opened ({e.strerror or e}): make its folder yours, or name another with METACLAW_HOME."
+        ) from e
+    except (SQLAlchemyError, sqlite3.Error) as e:
         raise StoreError(f"The store {url!r} can't be opened: {_cause(e)}.") from e
     except ImportError as e:
         raise StoreError(f"The driver for {url!r} is missing: pip install 'metaclaw-mitmproxy[postgres]'.") from e

@@ -19,10 +19,9 @@ from importlib import metadata
 from pathlib import Path
 
 from metaclaw_core.errors import MetaClawError
+from metaclaw_core.settings import is_setting_variable
 from metaclaw_core.wiring import units
 from metaclaw_core.wiring.plan import Run, Step, last_line, remove, run, write
-
-_NOT_FOR_A_SERVICE = ("METACLAW_HOME",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ def service_environment(home: Path) -> dict[str, str]:
 
 def left_behind(environment: Mapping[str, str]) -> list[str]:
     """Settings of this shell that a service does not see."""
-    return sorted(name for name in environment if name.startswith("METACLAW_") and name not in _NOT_FOR_A_SERVICE)
+    return sorted(name for name in environment if is_setting_variable(name))
 
 
 def is_ours(pid: int) -> bool:

@@ -118,3 +118,26 @@ def test_a_broken_file_of_settings(start, metaclaw_home):
     assert start("-d").startswith(f"proxy.prt is not a known setting (from {file}). Did you mean proxy.port?")
     file.write_text("- a\n")
     assert start() == f"{file} must hold keys and values, not a list."
+
+
+def test_a_key_that_was_copied_wrong_is_refused_and_not_shown(cli, config):
+    ran = cli("config", "llm.api_key", "sk-canary 1234")
+    assert ran.code == 1
+    assert ran.err == (
+        "metaclaw: llm.api_key = *** is not allowed (from the command line): "
+        "a key has no spaces, line breaks or letters outside ASCII; copy it again.\n"
+    )
+    assert not config.exists()
+
+
+def test_an_engine_without_a_model_is_told_what_to_give(cli):
+    ran = cli("engine")
+    assert ran.code == 2
+    assert "Give --model, the folder or hub id of a base model." in ran.err
+
+
+def test_a_store_that_cannot_be_made_is_one_sentence_with_a_remedy(cli, metaclaw_home):
+    metaclaw_home.write_text("a file")
+    ran = cli("turns")
+    assert ran.code == 1
+    assert ran.err.endswith("can't be opened (File exists): make its folder yours, or name another with METACLAW_HOME.\n")

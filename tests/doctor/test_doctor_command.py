@@ -77,7 +77,7 @@ def checks(home: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def test_on_an_empty_home_only_the_proxy_is_missing(home):
-    ran = metaclaw(home, "doctor")
+    ran = metaclaw(home, "doctor", METACLAW_PROXY_PORT=str(free_port()))  # the default may be taken on this machine
     assert ran.returncode == 1
     assert "warn  proxy       No proxy runs." in ran.stdout
     assert "16 checks: 15 ok, 1 warn, 0 fail" in ran.stdout

@@ -1,6 +1,5 @@
-"""The proxy goes away under a gateway in mid-session and comes back: OpenClaw's own retries carry the turn over.
-
-The proxy is `metaclaw start --detach`, as a person has it, and not the mitmdump of the other tests.
+"""What a person does: `metaclaw start --detach`, the real OpenClaw behind `metaclaw run`, and a proxy that goes away
+under a gateway in mid-session and comes back, where OpenClaw's own retries carry the turn over.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from e2e_tools import environment
-from openclaw_tools import KIT, LLM_HOSTS, MARK, SCRIPTS, RecordingLLM, Stage
+from openclaw_tools import KIT, LLM_HOSTS, MARK, OPENCLAW, SCRIPTS, RecordingLLM, Stage
+
+from metaclaw_core.proxy.control import running_proxies
 
 pytestmark = [pytest.mark.openclaw, pytest.mark.slow]
 
@@ -28,10 +28,10 @@ class Started(Stage):
     """A stage whose proxy was started by `metaclaw start --detach`."""
 
     def metaclaw(self, *words: str) -> str:
-        env = environment(self.home) | {
-            "HOME": str(self.user),
+        own = ("HTTP_PROXY", "HTTPS_PROXY", "NODE_EXTRA_CA_CERTS")  # these are for `metaclaw run` to set
+        env = {name: value for name, value in self.agent_env().items() if name not in own} | {
+            "METACLAW_HOME": str(self.home),
             "KIT_LLM_HOSTS": LLM_HOSTS,
-            "LLM_PORT": str(self.llm.port),
             "LLM_TLS_PORT": str(self.llm.tls_port),
         }
         line = [str(Path(sys.executable).with_name("metaclaw")), *words]
@@ -54,7 +54,8 @@ class Started(Stage):
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
-        self.metaclaw("stop", "--grace", "0")
+        for proxy in running_proxies(self.home):
+            os.kill(proxy.pid, signal.SIGTERM)
 
 
 def blocks(llm: RecordingLLM) -> list[bytes]:
@@ -65,6 +66,24 @@ def blocks(llm: RecordingLLM) -> list[bytes]:
             start = message.body.index(b"<metaclaw-skills>")
             found.append(message.body[start : message.body.index(b"</metaclaw-skills>")])
     return found
+
+
+class WithoutGateway(Started):
+    def start_gateway(self) -> None:
+        """OpenClaw's command line does without."""
+
+
+def test_the_first_five_minutes(tmp_path: Path):
+    with RecordingLLM() as llm, WithoutGateway(tmp_path / "openclaw", llm) as stage:
+        agent = ("agent", "--local", "--agent", "main", "--model", MODEL, "-m", REBASE)
+        assert "ok: " in stage.metaclaw("run", "--", OPENCLAW, *agent)
+        assert b"git-rebase-conflicts" in blocks(llm)[0]
+        assert REBASE[:30] in stage.metaclaw("turns")
+        assert "1 recorded, 1 with skills, 0 open" in stage.metaclaw("status")
+        assert REBASE[:20] in stage.metaclaw("top", "--once")
+        assert ", 0 fail" in stage.metaclaw("doctor")
+        assert " has ended." in stage.metaclaw("stop")
+        assert list((stage.home / "run").glob("*.json")) == []
 
 
 def test_a_proxy_that_is_killed_or_restarted_in_mid_session_costs_no_turn(tmp_path: Path):

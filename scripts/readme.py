@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Write the generated part of README.md: the list of commands as `metaclaw --help` prints it.
 
-    .venv/bin/python scripts/readme            write it
-    .venv/bin/python scripts/readme --check    exit status 1 if it is not up to date
+    .venv/bin/python scripts/readme.py            write it
+    .venv/bin/python scripts/readme.py --check    exit status 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from click.testing import CliRunner
 from metaclaw_core.cli.main import group
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- commands: written by scripts/readme -->\n", "<!-- end of commands -->\n"
+BEGIN, END = "<!-- commands: written by scripts/readme.py -->\n", "<!-- end of commands -->\n"
 
 
 def commands() -> str:
@@ -36,7 +35,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     new = generated(text)
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if new == text else "README.md is not up to date: .venv/bin/python scripts/readme")
+        sys.exit(0 if new == text else "README.md is not up to date: .venv/bin/python scripts/readme.py")
     README.write_text(new, encoding="utf-8")
 
 
