@@ -154,6 +154,7 @@ async def _until_stdin_closes(stop: asyncio.Event, take: Callable[[Mapping[str, 
 
 def main() -> None:
     os.umask(0o077)
+    os.nice(19)  # everything here can wait; the proxy and the agent can't
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(serve(follow_stdin="--follow-stdin" in sys.argv[1:]))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from metaclaw_core.cli.output import json_line
 from metaclaw_core.settings import home
+
+if TYPE_CHECKING:
+    from metaclaw_core.store.rollouts import Store
 
 
 def ask(message: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -39,6 +43,11 @@ def status(as_json: bool) -> None:
         else:
             click.echo("\n".join(_lines(answer)))
     if learning is not None and not as_json:
+        if (traffic := learning["traffic_24h"])["requests"]:
+            click.echo(
+                f"traffic    {traffic['input']:,} tokens in ({traffic['cached']:,} from the provider's cache), "
+                f"{traffic['output']:,} out, in 24 h"
+            )
         click.echo("\n".join(_learning_lines(learning)))
     sys.exit(1 if any("error" in answer for answer in answers) else 0)
 
@@ -53,7 +62,20 @@ def _learning() -> dict[str, Any] | None:
     if not settings.store.url and not (home() / "store.db").exists():
         return None
     with opened_store(drain=False) as store:
-        return overview(store, settings)
+        return {**overview(store, settings), "traffic_24h": _traffic(store)}
+
+
+def _traffic(store: Store) -> dict[str, int]:
+    """Tokens as the providers counted them, of the requests of the last 24 hours that they said something of."""
+    from sqlalchemy import func, select
+
+    from metaclaw_core.store.tables import turns
+
+    columns = {"input": turns.c.input_tokens, "cached": turns.c.cached_tokens, "output": turns.c.output_tokens}
+    sums = [func.coalesce(func.sum(column), 0).label(name) for name, column in columns.items()]
+    query = select(func.count(turns.c.output_tokens).label("requests"), *sums).where(turns.c.started_at > time.time() - 86400)
+    with store.reading() as connection:
+        return {name: int(value) for name, value in connection.execute(query).one()._mapping.items()}
 
 
 def _learning_lines(learning: dict[str, Any]) -> list[str]:
@@ -93,6 +115,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         f"sessions   {answer['sessions']} known, {answer['sessions_active_10min']} in the last 10 minutes",
         f"exchanges  {counters.get('exchanges', 0)} recorded, {counters.get('injected', 0)} with skills, "
         f"{answer['open_requests']} open",
+        f"added      {_added(answer)}",
         f"spool      {spool['queued']} queued, {spool['written']} written"
         + (f", {spool['dropped']} LOST" if spool["dropped"] else "")
         + (f", last error: {spool['last_error']}" if spool["last_error"] else ""),
@@ -100,9 +123,16 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     for child in answer["children"]:
         state = f"pid {child['pid']}" if child["pid"] else "not running"
         lines.append(f"{child['name']:<10} {state}, {child['restarts']} restarts")
+    if answer.get("last_error"):
+        lines.append(f"last error {answer['last_error']} (see logs/proxy.log)")
     rest = {k: v for k, v in counters.items() if k not in ("exchanges", "injected")}
     lines += [f"           {name}: {count}" for name, count in rest.items()]
     return lines
+
+
+def _added(answer: dict[str, Any]) -> str:
+    added = answer.get("added_ms")  # a proxy of an older version doesn't say
+    return f"{added['p50']} ms to a request (median; 95 % under {added['p95']} ms)" if added else "nothing measured yet"
 
 
 @click.command("bypass")

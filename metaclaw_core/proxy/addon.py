@@ -18,6 +18,7 @@ import asyncio
 import functools
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
@@ -254,7 +255,9 @@ class MetaClaw:
         if bypassed or flow.response is not None or self._rewriter is None:
             self._runtime.counters["bypassed"] += bypassed
             return
+        began = time.perf_counter()
         outcome = await self._rewritten(flow, flight)
+        self._runtime.added.append(time.perf_counter() - began)
         if outcome.identity is not None:
             flight.identity, flight.session = outcome.identity, outcome.session
         self._runtime.counters[outcome.reason or "injected"] += 1
@@ -366,6 +369,8 @@ class MetaClaw:
             return
         name = f"failed: {hook}"
         self._runtime.counters[name] += 1
+        kind = sys.exc_info()[0]  # its text may hold what was said, and goes to the log only
+        self._runtime.last_error = f"{hook}: {kind.__name__ if kind else 'unknown'}"
         if self._runtime.counters[name] == 1:
             logger.warning("metaclaw: %s failed; the flow passes unchanged.", hook, exc_info=True)
 

@@ -13,7 +13,7 @@ import asyncio
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +60,8 @@ class Runtime:
     callers: CallerKeys = field(default_factory=CallerKeys)
     flights: dict[str, Flight] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
+    added: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # seconds we took for each of the last requests
+    last_error: str | None = None  # of our own hooks; the log has more
     started_at: float = field(default_factory=time.time)
     refuse_until: float = 0.0  # monotonic; drained: a new request would be cut by the end that is coming
     bypass: bool = False  # every request passes unchanged, still recorded

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,8 @@ class Service:
             "sessions": len(runtime.sessions),
             "sessions_active_10min": runtime.sessions.active(600),
             "open_requests": len(runtime.flights),
+            "added_ms": _quantiles(runtime.added),
+            "last_error": runtime.last_error,
             "spool": {
                 "queued": runtime.spool.queued,
                 "written": runtime.spool.written,
@@ -201,6 +203,14 @@ class Service:
         except (OptionsError, MetaClawError) as e:
             return {"error": str(e)}
         return {"reloaded": True}
+
+
+def _quantiles(seconds: Collection[float]) -> dict[str, float] | None:
+    """Median and 95th percentile in milliseconds; None: nothing was measured."""
+    if not seconds:
+        return None
+    ordered = sorted(seconds)
+    return {name: round(ordered[int(share * (len(ordered) - 1))] * 1000, 2) for name, share in (("p50", 0.5), ("p95", 0.95))}
 
 
 def _addresses() -> list[tuple[Any, ...]]:

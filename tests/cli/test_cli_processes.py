@@ -71,8 +71,17 @@ def test_the_path_of_a_person_setup_start_use_look_restart_stop(metaclaw):
         assert ran.stderr == ""
         assert json.loads(ran.stdout)["choices"][0]["message"]["content"] == "ok"
         assert "git-rebase-conflicts" in llm.received[0].body.decode()
+    status = metaclaw.status()
+    assert 0 < status["added_ms"]["p50"] <= status["added_ms"]["p95"] < 2000
+    assert status["last_error"] is None
+    assert " ms to a request (median; 95 % under " in metaclaw("status").stdout
     (turn,) = [json.loads(line) for line in metaclaw("turns", "--json").stdout.splitlines()]
     assert turn["user_text"] == "How do I resolve a rebase conflict?"
+
+    traffic = metaclaw.status()["learning"]["traffic_24h"]
+    assert traffic["requests"] == 1
+    assert traffic["output"] > 0
+    assert f"{traffic['output']:,} out, in 24 h" in metaclaw("status").stdout
 
     again = metaclaw("start")
     assert again.returncode == 1

@@ -81,6 +81,10 @@ def test_a_home_that_cannot_be_made(tmp_path):
     assert refused(nowhere, "start") == f"{nowhere} can't be used (No such file or directory): {remedy}"
     assert refused(nowhere, "start", "-d") == f"{nowhere}/logs/proxy.log can't be written (No such file or directory): {remedy}"
     assert refused(nowhere, "setup", "--non-interactive") == f"{nowhere}/config.yaml can't be written (No such file or directory): {remedy}"
+    assert refused(nowhere, "turns") == (
+        f"The store sqlite:///{nowhere}/store.db can't be opened (No such file or directory): "
+        "make its folder yours, or name another with METACLAW_HOME."
+    )
     assert refused(nowhere, "env") == (
         f"The CA can't be made or read in {nowhere}/mitmproxy (No such file or directory): "
         "make this folder yours and writable, or move everything with METACLAW_HOME."
@@ -134,10 +138,3 @@ def test_an_engine_without_a_model_is_told_what_to_give(cli):
     ran = cli("engine")
     assert ran.code == 2
     assert "Give --model, the folder or hub id of a base model." in ran.err
-
-
-def test_a_store_that_cannot_be_made_is_one_sentence_with_a_remedy(cli, metaclaw_home):
-    metaclaw_home.write_text("a file")
-    ran = cli("turns")
-    assert ran.code == 1
-    assert ran.err.endswith("can't be opened (File exists): make its folder yours, or name another with METACLAW_HOME.\n")
