@@ -10,6 +10,7 @@ after a short grace on a reload and at once on shutdown.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -90,6 +91,8 @@ def acquire(home: Path) -> Runtime:
         # The default of 5 ms is how long a streamed event may wait for the spool's thread, and that thread for the
         # loop at each of its steps.
         sys.setswitchinterval(min(sys.getswitchinterval(), 0.001))
+        gc.collect()
+        gc.freeze()
         private_dir(home)
         spool_dir = private_dir(home / "spool")
         run_dir = private_dir(home / "run")
