@@ -34,10 +34,12 @@ class _Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _a_key_is_one_word(cls, value: Any, info: ValidationInfo) -> Any:
-        """A line break or a typographic dash came along with the copying, and no server would take it."""
-        if isinstance(value, str) and str(info.field_name).endswith("_key") and not all("!" <= c <= "~" for c in value):
+        """White space around a key came along with the copying; inside it, or a typographic dash, no server takes it."""
+        if not isinstance(value, str) or not str(info.field_name).endswith("_key"):
+            return value
+        if not all("!" <= c <= "~" for c in value.strip()):
             raise ValueError("a key has no spaces, line breaks or letters outside ASCII; copy it again")
-        return value
+        return value.strip()
 
 
 class LLM(_Section):
