@@ -110,6 +110,23 @@ class RL(_Section):
     evolver_api_key: str = ""
     evolver_model: str = ""
     support_share: float = Field(0.25, ge=0, le=1)  # of the sessions, in rl mode: they write skills and train nothing
+    train: bool = True  # False: requests go to the own model as it is, and no step is made
+    algorithm: Literal["single", "grpo"] = "single"
+    loss: Literal["importance_sampling", "cispo", "ppo"] = "importance_sampling"
+    learning_rate: float | None = Field(None, gt=0)  # None: 2e-5 * sqrt(min(batch_size, 32) / 32)
+    max_staleness: int = Field(2, ge=0)  # versions that a sample, or a session's pinned weights, may lag behind
+    explore_share: float = Field(1.0, ge=0, le=1)  # of the sessions: sampled at T=1, so that they can be trained on
+    control_share: float = Field(0.1, ge=0, lt=1)  # of the sessions: served by the stable version, to compare with
+    warmup_turns: int = Field(50, ge=0)  # answered by the upstream first; the policy is only probed
+    checkpoint_every: int = Field(10, ge=1)  # steps; which older states are kept
+    checkpoint_ttl_hours: float = Field(168, ge=1)  # of what is no longer in use
+    group_size: int = Field(4, ge=2, le=64)  # grpo: fresh answers to a logged prompt
+    grpo_tools: bool = False  # grpo also where the reply is a tool call
+    schedule: Literal["immediate", "windows"] = "immediate"
+    sleep_hours: str = "01:00-07:00"  # local time; windows: training may run then
+    idle_minutes: int = Field(15, ge=0)  # windows: and where no request came for so long; 0: only in sleep_hours
+    daily_budget_usd: float | None = Field(None, ge=0)  # sampling, training, judge, siblings; None: no limit
+    on_budget: Literal["base", "upstream"] = "base"  # who answers once it is spent
 
 
 class OPD(_Section):
@@ -118,6 +135,14 @@ class OPD(_Section):
     teacher_model: str = ""
     teacher_api_key: str = ""
     kl_penalty_coef: float = Field(1.0, ge=0)
+
+
+class Policy(_Section):
+    """The server that answers from the model being trained, in rl mode."""
+
+    first_segment_timeout: float = Field(20, gt=0, le=600)  # seconds until the upstream is asked instead
+    reasoning: bool = True  # let a model that can think do so, where its template knows a switch
+    max_tokens: int = Field(4096, ge=16, le=262_144)  # of one answer, where the client names no limit
 
 
 class Store(_Section):
@@ -132,6 +157,7 @@ class Settings(_Section):
     skills: Skills = Skills()
     rl: RL = RL()
     opd: OPD = OPD()
+    policy: Policy = Policy()
     store: Store = Store()
     max_context_tokens: int | None = Field(None, ge=1000)  # None: the model's own limit
     openclaw_env_data_dir: str = ""

@@ -54,9 +54,11 @@ from metaclaw_core.store.tables import (
     job_runs,
     messages,
     notices,
+    samples,
     segments,
     sessions,
     skill_uses,
+    step_turns,
     turns,
     votes,
 )
@@ -77,6 +79,12 @@ HOLDS = {
     "counters": "nothing of a session",
     "spend": "nothing of a session",
     "caller_spend": "nothing of a session",
+    "samples": "of the turns",
+    "step_turns": "of the turns",
+    "versions": "nothing of a session",
+    "route_events": "nothing of a session",
+    "steps": "nothing of a session",
+    "trainer_state": "nothing of a session",
 }
 _SECONDS = 15.0
 _TOKEN = re.compile(rb"[\w-]{6,}")  # what ids look like; looked up as a whole, since there may be very many
@@ -152,6 +160,9 @@ def purge(store: Store, found: Found) -> PurgeReport:
         chosen = _chosen(connection, found.selection)
         gone = select(turns.c.id).where(chosen)
         connection.execute(delete(votes).where(votes.c.turn.in_(gone)))
+        connection.execute(delete(step_turns).where(step_turns.c.turn.in_(gone)))
+        flows = select(turns.c.flow_id).where(turns.c.id.in_(gone), turns.c.flow_id.is_not(None))
+        connection.execute(delete(samples).where(samples.c.flow_id.in_(flows)))
         connection.execute(delete(segments).where(or_(segments.c.first_turn.in_(gone), segments.c.last_turn.in_(gone))))
         turned = connection.execute(delete(turns).where(chosen)).rowcount
         left = select(turns.c.turn_id).where(turns.c.turn_id.is_not(None))

@@ -15,6 +15,12 @@ skill_uses  which human turn had which skill in its prompt.
 job_runs    what the worker's jobs did; a run without an end was cut off.
 notices     what the user was told once.
 caller_spend  what our calls with a caller's own key took.
+samples     the exact tokens of an answer that one of our own versions gave, a row per exchange.
+versions    weights that were made: where they are saved, and what became of them.
+route_events  which versions serve; the last row is the route in force.
+steps       the trainer's journal, a row per optimiser step, from claim to route.
+step_turns  what a step did with each turn it claimed.
+trainer_state  what the trainer carries from step to step (value trackers, gate), as JSON.
 
 Every column that may be unknown is NULL then, never 0 or "". Times are unix seconds.
 """
@@ -29,6 +35,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -131,6 +138,7 @@ turns = Table(
     Column("score", Integer),  # +1, 0 or -1 as the judge's majority said; NULL: not judged, or no majority
     Column("reward", Float),  # what RL makes of it: 1, 0, or NULL for a score of 0 too, which says nothing
     Column("scored_at", Float),  # NULL: not judged yet
+    Column("version", BigInteger),  # of our own weights that answered; NULL: the upstream did
     UniqueConstraint("flow_id", name="turns_flow_id"),
     UniqueConstraint("content_key", name="turns_content_key"),
     Index("turns_state_started_at", "state", "started_at"),
@@ -266,4 +274,95 @@ caller_spend = Table(
     Column("tokens", BigInteger, nullable=False),  # as the provider counted, else as reserved
     Column("status", Integer),  # NULL: no answer came
     Index("caller_spend_principal_at", "principal", "at"),
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("flow_id", Text, nullable=False),  # of the exchange it answered, as in `turns`
+    Column("created_at", Float, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("tokenizer", Text, nullable=False),  # fingerprint of vocabulary, special tokens and chat template
+    Column("version", BigInteger, nullable=False),  # in `versions`
+    Column("checkpoint", Text),  # path it was sampled from; NULL: the base model itself
+    Column("klass", Text, nullable=False),  # "A", "B" or "C"
+    Column("klass_reason", Text),  # why it is not A; NULL: it is
+    Column("sampling", JsonText, nullable=False),  # temperature, top_p, top_k, max_tokens, seed, stop as asked of the sampler
+    Column("prompt_ids", LargeBinary),  # int32, little-endian, zstd; NULL: not kept, as they held a secret
+    Column("tokens", LargeBinary),  # int32, the same; what was sent to the client, stop token included where one was sampled
+    Column("logprobs", LargeBinary),  # float32, one per token
+    Column("prompt_length", Integer, nullable=False),
+    Column("length", Integer, nullable=False),
+    Column("reused", Integer, nullable=False),  # how many prompt ids were taken over from earlier samples
+    Column("segments", Integer, nullable=False),  # calls of the sampler it took
+    Column("stop_reason", Text, nullable=False),  # "stop", "length", "context", "aborted"
+    Column("malformed", Boolean, nullable=False),  # it began a tool call that can't be read
+    Column("redacted", Boolean, nullable=False),
+    UniqueConstraint("flow_id", name="samples_flow_id"),
+    Index("samples_version", "version"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),  # the version's number; 1 is where training begins
+    Column("base_model", Text, nullable=False),
+    Column("parent", BigInteger),  # NULL: the base model, or a checkpoint it was resumed from
+    Column("step", BigInteger),  # in `steps`; NULL: no step made it
+    Column("state_path", Text),  # weights and optimiser, to train on from; NULL: the base model
+    Column("sampler_path", Text),  # weights to sample from; NULL: the base model
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),  # of sampler_path at the server; NULL: never, or the base model
+    Column("status", Text, nullable=False),  # "candidate", "working", "stable", "retired", "rejected"
+    Column("reason", SafeText),  # why it was rejected or retired
+    Column("checks", JsonText),  # what the fast checks saw
+)
+
+route_events = Table(
+    "route_events",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),  # the route's generation
+    Column("at", Float, nullable=False),
+    Column("working", BigInteger, nullable=False),
+    Column("stable", BigInteger, nullable=False),
+    Column("pinned", Boolean, nullable=False),  # by hand: training moves it no more
+    Column("reason", SafeText, nullable=False),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("state", Text, nullable=False),  # "claimed", "saved", "published", "routed", "rejected", "abandoned"
+    Column("base_version", BigInteger, nullable=False),
+    Column("version", BigInteger),  # that it made; NULL: none yet
+    Column("algorithm", Text, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Column("state_path", Text),
+    Column("metrics", JsonText),
+    Column("error", SafeText),
+    Index("steps_state", "state"),
+)
+
+step_turns = Table(
+    "step_turns",
+    metadata,
+    Column("step", _Id, ForeignKey("steps.id"), primary_key=True),
+    Column("turn", _Id, ForeignKey("turns.id", ondelete="CASCADE"), primary_key=True),
+    Column("reason", Text),  # why it was left out; NULL: trained on
+    Column("reward", Float),
+    Column("advantage", Float),
+    Column("mean_ratio", Float),
+    Column("staleness", Integer),
+    Index("step_turns_turn", "turn"),
+)
+
+trainer_state = Table(
+    "trainer_state",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", JsonText, nullable=False),
+    Column("updated_at", Float, nullable=False),
 )

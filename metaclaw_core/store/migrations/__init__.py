@@ -19,8 +19,9 @@ from metaclaw_core.errors import StoreError
 from metaclaw_core.store.migrations.m0001_initial import m0001_initial
 from metaclaw_core.store.migrations.m0002_judge import m0002_judge
 from metaclaw_core.store.migrations.m0003_evolve import m0003_evolve
+from metaclaw_core.store.migrations.m0004_policy import m0004_policy
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m0001_initial, m0002_judge, m0003_evolve)
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m0001_initial, m0002_judge, m0003_evolve, m0004_policy)
 
 migrations = Table(
     "metaclaw_migrations",
