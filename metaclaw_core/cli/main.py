@@ -42,6 +42,8 @@ _COMMANDS = {
     "store": ("store:command", "Check the store."),
     "evolve": ("evolve:command", "Write skills from what was said, now."),
     "engine": ("engine:command", "Train and sample on this machine: the Tinker protocol."),
+    "train": ("train:command", "See what training has done, make a step now."),
+    "rollout": ("rollout:command", "Give tasks from a folder to an agent, to learn from."),
     "worker": ("worker:command", "Run the background jobs by hand."),
     "purge": ("purge:command", "Forget recorded sessions, everywhere."),
     "uninstall": ("uninstall:command", "Undo wirings and service, and remove what MetaClaw wrote."),

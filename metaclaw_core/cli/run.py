@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -37,13 +39,21 @@ def command(words: tuple[str, ...]) -> None:
 
     Starts a proxy for the time of the command if none runs. Changes no file of yours.
     """
-    from metaclaw_core.cli.stop import end
-    from metaclaw_core.proxy import detach
-
     if shutil.which(words[0]) is None:  # before a proxy is started for nothing
         exists = Path(words[0]).exists()
         click.echo(f"metaclaw: {words[0]} {'is not executable' if exists else 'is no command that can be found'}.", err=True)
         sys.exit(126 if exists else 127)
+
+    with proxy_for_a_command() as environment:
+        status = _child(words, environment)
+    sys.exit(status)
+
+
+@contextmanager
+def proxy_for_a_command() -> Iterator[AgentEnv]:
+    """What a command needs to use the proxy that runs, or one that is started now and ends with the block."""
+    from metaclaw_core.cli.stop import end
+    from metaclaw_core.proxy import detach
 
     live = next((found for found in detach.live_proxies(home()) if found.port), None)
     started = live is None
@@ -53,11 +63,10 @@ def command(words: tuple[str, ...]) -> None:
         environment = _environment(live)
         for note in environment.notes:
             click.echo(f"metaclaw: {note}", err=True)
-        status = _child(words, environment)
+        yield environment
     finally:
         if started:
             end(live, _GRACE, quiet=True)
-    sys.exit(status)
 
 
 def _start() -> Live:

@@ -31,6 +31,7 @@ from metaclaw_core.store.drain import drain_under_lease
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.view import reading, words
 from metaclaw_core.view.messages import said, split
+from metaclaw_core.view.training import charts, training
 
 _DRAIN_SECONDS = 1.0
 _STATIC = {
@@ -133,6 +134,10 @@ class Site:
     def _worker(self, _found: re.Match[str], _asked: Mapping[str, str]) -> Reply | None:
         return self._page("worker.html", learning=reading.learning(self._store))
 
+    def _training(self, _found: re.Match[str], _asked: Mapping[str, str]) -> Reply | None:
+        found = training(self._store)
+        return self._page("training.html", training=found, charts=charts(found.steps))
+
     # --- rendering ----------------------------------------------------------------------------
 
     def _page(self, template: str, **values: Any) -> Reply:
@@ -143,24 +148,7 @@ class Site:
 
     @cached_property
     def _templates(self) -> Environment:
-        environment = Environment(
-            loader=PackageLoader("metaclaw_core.view"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            finalize=_finalize,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {
-            "line": words.one_line,
-            "when": words.when,
-            "number": words.number,
-            "ms": words.milliseconds,
-            "score": words.score,
-            "answer": words.answer,
-            "url": lambda text: quote(words.clean(text), safe=""),
-        }
-        return environment
+        return templates()
 
     def _take_in(self) -> None:
         with self._draining:
@@ -180,7 +168,39 @@ _ROUTES: tuple[tuple[re.Pattern[str], _PageFunction], ...] = (
     (re.compile(r"/skills"), Site._skills),
     (re.compile(r"/skill"), Site._skill),
     (re.compile(r"/worker"), Site._worker),
+    (re.compile(r"/training"), Site._training),
 )
+
+
+def templates() -> Environment:
+    """The page's templates: they escape whatever they print."""
+    environment = Environment(
+        loader=PackageLoader("metaclaw_core.view"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "line": words.one_line,
+        "when": words.when,
+        "number": words.number,
+        "figure": words.figure,
+        "ms": words.milliseconds,
+        "score": words.score,
+        "answer": words.answer,
+        "url": lambda text: quote(words.clean(text), safe=""),
+    }
+    return environment
+
+
+def report(store: Store, now: float) -> str:
+    """What training did, as one HTML file that needs no other. `now`: unix seconds."""
+    found = training(store)
+    style = Markup((files("metaclaw_core.view") / "static/style.css").read_text())  # noqa: S704 - our own file
+    page: str = templates().get_template("report.html").render(training=found, charts=charts(found.steps), style=style, now=now)
+    return page
 
 
 def query_of(text: str) -> dict[str, str]:

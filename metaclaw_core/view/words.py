@@ -51,6 +51,11 @@ def score(value: float | None) -> str:
     return f"{value:+.2f}"
 
 
+def figure(value: float | None) -> str:
+    """A measured number, to three digits."""
+    return UNKNOWN if value is None else f"{value:.3g}"
+
+
 def answer(row: dict[str, object]) -> str | None:
     """What a turn answered: its text, or the names of the tools it called. None: nothing is known of an answer."""
     if row["assistant_text"]:

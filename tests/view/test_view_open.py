@@ -24,7 +24,7 @@ from metaclaw_core.store.spool import SpoolWriter
 from metaclaw_core.view.site import Site
 
 TOOL = str(Path(sys.executable).with_name("metaclaw"))
-PAGES = ("/", "/skills", "/worker", "/static/style.css", "/static/live.js")
+PAGES = ("/", "/skills", "/worker", "/training", "/static/style.css", "/static/live.js")
 
 
 def get(url: str, method: str = "GET", **options) -> httpx.Response:
