@@ -12,8 +12,10 @@ The environment name of a key is its path in capitals joined with ``_``: ``skill
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping
+from datetime import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,15 @@ from metaclaw_core.errors import ConfigError
 _ENV = os.environ  # noqa: TID251 - the one place
 ENVIRONMENT = "the environment"
 _NOT_SETTINGS = ("HOME", "SHARED", "TEST_", "NO_", "SKIP_", "BENCH_")
+
+
+def parse_hours(text: str) -> tuple[time, time]:
+    """``"23:00-06:30"`` as its two ends. Raises ValueError."""
+    found = re.fullmatch(r"(\d\d):(\d\d)-(\d\d):(\d\d)", text.replace(" ", ""))
+    if found is None:
+        raise ValueError(f"{text!r} is no pair of times such as 01:00-07:00")
+    a, b, c, d = map(int, found.groups())
+    return time(a, b), time(c, d)
 
 
 class _Section(BaseModel):
@@ -127,6 +138,12 @@ class RL(_Section):
     idle_minutes: int = Field(15, ge=0)  # windows: and where no request came for so long; 0: only in sleep_hours
     daily_budget_usd: float | None = Field(None, ge=0)  # sampling, training, judge, siblings; None: no limit
     on_budget: Literal["base", "upstream"] = "base"  # who answers once it is spent
+
+    @field_validator("sleep_hours")
+    @classmethod
+    def _is_a_pair_of_times(cls, value: str) -> str:
+        parse_hours(value)
+        return value
 
 
 class OPD(_Section):

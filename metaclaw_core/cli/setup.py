@@ -21,8 +21,10 @@ import click
 from metaclaw_core import configfile
 from metaclaw_core.cli.config import masked, value_of
 from metaclaw_core.cli.presets import LOCAL_ENGINE, PRESETS, tinker_models
-from metaclaw_core.errors import ConfigError
-from metaclaw_core.settings import Settings, check_values, config_file, home
+from metaclaw_core.errors import ConfigError, MetaClawError
+from metaclaw_core.learn.estimate import Estimate, TurnShape, estimate, proposed, shape_of
+from metaclaw_core.learn.prices import Prices, load_prices
+from metaclaw_core.settings import Settings, check_values, config_file, home, load_settings
 
 _FRESH = """\
 # Settings of MetaClaw. `metaclaw config show` lists every key with its value and where it comes from.
@@ -203,14 +205,43 @@ def _rl_model(asker: Asker, old: str, url: str, key: str) -> str:
     if not offer.models:
         click.echo(f"  The list of models can't be had: {offer.problem or 'the server offers none'}. Type its name.")
         return str(asker.ask("rl_model", "  Model to train", default))
-    for number, name in enumerate(offer.models, 1):
-        click.echo(f"  {number:>3}  {name}")
-    if default not in offer.models:
-        default = offer.models[0]
-    typed = str(asker.ask("rl_model", "  Model to train (number or name)", default))
-    if typed.isdigit() and 1 <= int(typed) <= len(offer.models):
-        return offer.models[int(typed) - 1]
+    shape = _recorded_shape()
+    prices = Prices() if url else load_prices(home())  # an engine of one's own sends no bill
+    estimates = [estimate(model, shape, prices) for model in offer.models]
+    for number, one in enumerate(estimates, 1):
+        click.echo(f"  {number:>3}  {_about(one)}")
+    if shape is None and not url:
+        click.echo("  What 100 turns cost is known once some were recorded: metaclaw start, use your agent, and come back.")
+    if shape is not None:
+        click.echo(f"  By your last {shape.turns:,} turns, of {shape.requests:.1f} requests each; the largest had {shape.longest:,} tokens.")
+    suggestion = proposed(estimates, default)
+    if suggestion is None:
+        click.echo("  None of them holds your largest request; what is too long goes to the upstream.")
+    typed = str(asker.ask("rl_model", "  Model to train (number or name)", suggestion or estimates[0].model.name))
+    if typed.isdigit() and 1 <= int(typed) <= len(estimates):
+        return estimates[int(typed) - 1].model.name
     return typed
+
+
+def _about(one: Estimate) -> str:
+    context = "" if one.model.max_context is None else f"  {one.model.max_context // 1000:,}k context"
+    small = ", too small for your requests" if one.fits is False else ""
+    price = "" if one.usd is None else f"  about ${one.usd:.2f} for 100 turns"
+    return f"{one.model.name}{context}{small}{price}"
+
+
+def _recorded_shape() -> TurnShape | None:
+    """What the user's agent has asked so far; nothing is made where nothing was recorded."""
+    from metaclaw_core.cli.output import opened_store
+
+    try:
+        if not (load_settings().store.url or (home() / "store.db").exists()):
+            return None
+        with opened_store() as store:
+            return shape_of(store)
+    except MetaClawError as e:  # the wizard is often run to mend just that
+        click.echo(f"  What was recorded can't be read: {e}", err=True)
+        return None
 
 
 def _farewell(settings: Settings) -> None:

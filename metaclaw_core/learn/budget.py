@@ -28,6 +28,7 @@ from metaclaw_core.store.rollouts import Store
 from metaclaw_core.store.tables import spend
 from metaclaw_core.store.types import plain
 
+TRAINING = ("train", "forward", "sibling", "teacher")  # purposes with a budget of their own, in money: rl.daily_budget_usd
 _FRESH_SECONDS = 5.0  # how long the day's total is believed without asking the store: others spend, too
 
 
@@ -106,23 +107,9 @@ class Budget:
             return _total_of(connection, self._day())
 
     def _record(self, reservation: Reservation, came_in: int, went_out: int, guessed: int) -> int:
-        row: dict[str, Any] = {
-            "day": self._day(),
-            "purpose": reservation.purpose,
-            "model": plain(reservation.model),
-            "requests": 1,
-            "input_tokens": came_in,
-            "output_tokens": went_out,
-            "estimated_tokens": guessed,
-        }
         with self._store.transaction() as connection:
-            insert = upsert(connection.dialect.name, spend)
-            sums = {
-                name: spend.c[name] + insert.excluded[name]
-                for name in ("requests", "input_tokens", "output_tokens", "estimated_tokens")
-            }
-            connection.execute(insert.on_conflict_do_update(index_elements=["day", "purpose", "model"], set_=sums), row)
-            return _total_of(connection, row["day"])
+            book(connection, self._day(), reservation.purpose, reservation.model, came_in, went_out, estimated=guessed)
+            return _total_of(connection, self._day())
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
@@ -134,9 +121,26 @@ class Budget:
         return (self._now() + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
+def book(connection: Connection, day: str, purpose: str, model: str, came_in: int, went_out: int, *, estimated: int = 0) -> None:
+    """Add one request to the day's sums, within the caller's transaction."""
+    row: dict[str, Any] = {
+        "day": day,
+        "purpose": purpose,
+        "model": plain(model),
+        "requests": 1,
+        "input_tokens": came_in,
+        "output_tokens": went_out,
+        "estimated_tokens": estimated,
+    }
+    insert = upsert(connection.dialect.name, spend)
+    names = ("requests", "input_tokens", "output_tokens", "estimated_tokens")
+    sums = {name: spend.c[name] + insert.excluded[name] for name in names}
+    connection.execute(insert.on_conflict_do_update(index_elements=["day", "purpose", "model"], set_=sums), row)
+
+
 def _total_of(connection: Connection, day: str) -> int:
-    query = select(func.coalesce(func.sum(spend.c.input_tokens + spend.c.output_tokens), 0)).where(spend.c.day == day)
-    return int(connection.scalar(query) or 0)
+    tokens = func.coalesce(func.sum(spend.c.input_tokens + spend.c.output_tokens), 0)
+    return int(connection.scalar(select(tokens).where(spend.c.day == day, spend.c.purpose.not_in(TRAINING))) or 0)
 
 
 def spent(store: Store, *, day: str | None = None, purpose: str | None = None) -> list[dict[str, Any]]:
