@@ -137,7 +137,7 @@ class RL(_Section):
     sleep_hours: str = "01:00-07:00"  # local time; windows: training may run then
     idle_minutes: int = Field(15, ge=0)  # windows: and where no request came for so long; 0: only in sleep_hours
     daily_budget_usd: float | None = Field(None, ge=0)  # sampling, training, judge, siblings; None: no limit
-    on_budget: Literal["base", "upstream"] = "base"  # who answers once it is spent
+    on_budget: Literal["base", "upstream"] = "base"  # who answers once it is spent: the untrained model, or the agent's own LLM
 
     @field_validator("sleep_hours")
     @classmethod
