@@ -120,11 +120,15 @@ def latest_trained(store: Store, base_model: str) -> Version | None:
         return None if number is None else _version(db, int(number))
 
 
-def move_route(store: Store, *, working: int, stable: int, reason: str, pinned: bool = False) -> InForce:
-    """Let other versions serve, in one transaction; the versions' own states follow. Raises StoreError for unknown ones."""
+def move_route(
+    store: Store, *, working: int, stable: int, reason: str, pinned: bool = False, carried: Mapping[str, Json] | None = None
+) -> InForce:
+    """Let other versions serve, in one transaction; the versions' own states follow, and `carried` is kept with it.
+    Raises StoreError for unknown versions."""
     with store.transaction() as db:
         for number in (working, stable):
             _version(db, number)
+        _keep(db, carried or {})
         return _route(db, working, stable, pinned=pinned, reason=reason)
 
 
