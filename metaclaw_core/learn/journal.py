@@ -3,7 +3,7 @@ and none lost.
 
     claimed ──▶ saved ──▶ published ──▶ routed
        │                      └───────▶ rejected
-       └──▶ abandoned
+       └──▶ abandoned (its turns are scored again, or skipped where the reason lies in them)
 
 Design: a claim moves turns from scored to batched and names them. Once the weights are saved at the server one transaction
 writes down where, makes the version, moves the turns on and keeps what the trainer carries from step to step; only then do
@@ -195,22 +195,40 @@ def saved(
     with store.transaction() as db:
         row = _step(db, step, StepState.CLAIMED)
         base = _version(db, row.base_version)
-        here = set(_batched(db, step))
-        for one in trained:
-            values = {"reason": one.reason, "reward": one.reward, "advantage": one.advantage, "mean_ratio": one.mean_ratio, "staleness": one.staleness}
-            db.execute(update(step_turns).where(step_turns.c.step == step, step_turns.c.turn == one.turn).values(**values))
-        used = [one.turn for one in trained if one.turn in here and one.reason is None]
-        store.move_in(db, used, State.BATCHED, State.TRAINED)
-        for one in trained:
-            if one.turn in here and one.reason is not None:
-                store.move_in(db, [one.turn], State.BATCHED, State.SKIPPED, f"training: {one.reason}")
-        if unnamed := here - {one.turn for one in trained}:
-            raise StoreError(f"Step {step} claimed turns that nothing is said of: {sorted(unnamed)[:5]}.")
+        _end_turns(store, db, step, trained)
         new = {"base_model": base.base_model, "parent": base.id, "step": step, "state_path": state_path, "status": "candidate"}
         number = int(db.execute(insert(versions).values(created_at=time.time(), **new).returning(versions.c.id)).scalar_one())
         _keep(db, carried)
         _set(db, step, StepState.SAVED, state_path=state_path, metrics=dict(metrics), version=number)
         return number
+
+
+def discarded(
+    store: Store, step: int, turns_: Sequence[Trained], metrics: Mapping[str, Json], carried: Mapping[str, Json], error: str
+) -> None:
+    """No step is made of a claim, for a reason that lies in its turns: each is skipped with it. Raises StoreError for a
+    turn without one."""
+    with store.transaction() as db:
+        _step(db, step, StepState.CLAIMED)
+        if any(one.reason is None for one in turns_):
+            raise StoreError(f"Step {step} is discarded, so each of its turns needs a reason.")
+        _end_turns(store, db, step, turns_)
+        _keep(db, carried)
+        _set(db, step, StepState.ABANDONED, metrics=dict(metrics), error=error)
+
+
+def _end_turns(store: Store, db: Connection, step: int, trained: Sequence[Trained]) -> None:
+    """The step's turns are trained, or skipped with their reason; all of them have to be spoken of."""
+    here = set(_batched(db, step))
+    if unnamed := here - {one.turn for one in trained}:
+        raise StoreError(f"Step {step} claimed turns that nothing is said of: {sorted(unnamed)[:5]}.")
+    for one in trained:
+        values = {"reason": one.reason, "reward": one.reward, "advantage": one.advantage, "mean_ratio": one.mean_ratio, "staleness": one.staleness}
+        db.execute(update(step_turns).where(step_turns.c.step == step, step_turns.c.turn == one.turn).values(**values))
+    store.move_in(db, [one.turn for one in trained if one.turn in here and one.reason is None], State.BATCHED, State.TRAINED)
+    for one in trained:
+        if one.turn in here and one.reason is not None:
+            store.move_in(db, [one.turn], State.BATCHED, State.SKIPPED, f"training: {one.reason}")
 
 
 def published(store: Store, step: int, sampler_path: str, expires_at: float | None) -> None:
@@ -239,6 +257,12 @@ def rejected(store: Store, step: int, checks: Mapping[str, Json], reason: str) -
         row = _step(db, step, StepState.PUBLISHED)
         db.execute(update(versions).where(versions.c.id == row.version).values(status="rejected", reason=reason, checks=dict(checks)))
         _set(db, step, StepState.REJECTED, error=reason)
+
+
+def expires(store: Store, number: int, at: float | None) -> None:
+    """The weights of a version live until `at`, unix seconds."""
+    with store.transaction() as db:
+        db.execute(update(versions).where(versions.c.id == number).values(expires_at=at))
 
 
 def open_steps(store: Store) -> list[dict[str, Any]]:

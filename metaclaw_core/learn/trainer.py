@@ -1,0 +1,218 @@
+"""The training server behind the Tinker SDK: the only module of `learn` that knows it.
+
+Design: plain arrays in and out, one coroutine a call, each with a time limit longer than the SDK's own retries (five minutes)
+and shorter than its wait for an unpaid bill (an hour). The client of a state is kept as long as the next step begins there;
+whatever goes wrong in a step drops it, because the server may have taken a part of it, and the next one is opened from what was
+saved. The first adapter is made with a fixed seed, so a first step that is done again is the same step.
+
+What the SDK raises becomes a `ServerError` with a kind that is one word; none of it is retried here.
+
+Limits: one model and one run at a time. The SDK's telemetry is its own affair (TINKER_TELEMETRY=0 turns it off).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tinker
+from numpy.typing import NDArray
+from tinker import types
+
+from metaclaw_core.errors import MetaClawError
+from metaclaw_core.learn.batch import Datum, Float32
+from metaclaw_core.learn.losses import Call, Inputs
+
+SEED = 0
+TIMEOUT = 600.0  # seconds for one call
+_ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0}  # eps: the SDK's 1e-12 turns rounding noise into steps
+
+
+class ServerError(MetaClawError):
+    """A call failed. `kind`: "timeout", "down", "auth", "billing", "rate_limit", "missing" (unknown path) or "server"."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    tokens: tuple[int, ...]
+    logprobs: Float32  # (T,)
+    stopped: bool  # by itself, not by max_tokens
+
+
+class TrainingServer:
+    """One base model at one server. Used on one event loop; close it with `aclose`."""
+
+    def __init__(
+        self, base_model: str, *, base_url: str | None = None, api_key: str | None = None, lora_rank: int = 32, timeout_s: float = TIMEOUT
+    ) -> None:
+        """None: what the SDK finds in its environment."""
+        self.base_model = base_model
+        self._where: Any = {"base_url": base_url, "api_key": api_key}
+        self._rank = lora_rank
+        self._timeout_s = timeout_s
+        self._service: Any = None
+        self._rest: Any = None
+        self._training: Any = None
+        self._at: tuple[str | None] | None = None  # the saved state that the client is at; None: it is at none
+        self._samplers: dict[str | None, Any] = {}
+
+    # --- training -----------------------------------------------------------------------------
+
+    async def open(self, state_path: str | None) -> None:
+        """Be at a saved state, optimiser included; None: at the beginning."""
+        if self._training is not None and self._at == (state_path,):
+            return
+        self.drop()
+        service = await self._connected()
+        if state_path is None:
+            made = self._made(service.create_lora_training_client, self.base_model, rank=self._rank, seed=SEED)
+        else:
+            made = self._made(service.create_training_client_from_state_with_optimizer, state_path)
+        self._training = await self._wait(made, state_path or self.base_model)
+        self._at = (state_path,)
+
+    def drop(self) -> None:
+        """Forget the client: where it stands is not known any more."""
+        self._training = self._at = None
+
+    async def forward(self, datums: Sequence[Datum]) -> list[Float32]:
+        """(N,) logprobs of each datum's targets by the present weights."""
+        data = [_datum(d.input_ids, target_tokens=d.targets, weights=d.mask) for d in datums]
+        found = await self._wait(self._training.forward(data, "cross_entropy"), "a forward pass")
+        return [np.asarray(out["logprobs"].to_numpy(), dtype=np.float32) for out in found.loss_fn_outputs]
+
+    async def step(self, call: Call, learning_rate: float) -> dict[str, float]:
+        """One forward_backward and one optimiser step; the server's metrics. After it the client is at no saved state."""
+        self._at = None
+        data = [_of(inputs) for inputs in call.inputs]
+        found = await self._wait(self._training.forward_backward(data, call.loss, dict(call.config) or None), "a backward pass")
+        await self._wait(self._training.optim_step(types.AdamParams(learning_rate=learning_rate, **_ADAM)), "an optimiser step")
+        return {name: float(value) for name, value in (found.metrics or {}).items()}
+
+    async def save_state(self, name: str, ttl_seconds: int | None = None) -> str:
+        """Weights and optimiser; their path. A state of that name is replaced: it is of the same step, done again."""
+        saved = await self._wait(self._training.save_state(name, ttl_seconds=ttl_seconds, overwrite=True), f"saving {name}")
+        self._at = (str(saved.path),)
+        return str(saved.path)
+
+    async def save_weights(self, name: str, ttl_seconds: int | None = None) -> str:
+        """Weights to sample from; their path."""
+        saved = await self._wait(self._training.save_weights_for_sampler(name, ttl_seconds=ttl_seconds), f"saving {name}")
+        return str(saved.path)
+
+    async def keep(self, path: str, ttl_seconds: int | None) -> None:
+        """Let what is saved at `path` live for so long from now; None: for good."""
+        await self._connected()
+        await self._wait(self._rest.set_checkpoint_ttl_from_tinker_path(path, ttl_seconds), path)
+
+    # --- sampling, for checks and siblings ------------------------------------------------------
+
+    async def tokenizer(self) -> Any:
+        sampler = await self._sampler(None)
+        return await asyncio.to_thread(sampler.get_tokenizer)
+
+    async def sample(self, path: str | None, prompt: Sequence[int], *, n: int, max_tokens: int, stop_ids: Sequence[int]) -> list[Sampled]:
+        """`n` replies at T=1 from the weights at `path`; None: the base model."""
+        sampler = await self._sampler(path)
+        asked = types.SamplingParams(max_tokens=max_tokens, temperature=1.0, top_p=1.0, top_k=-1, stop=list(stop_ids) or None)
+        found = await self._wait(sampler.sample(types.ModelInput.from_ints(list(prompt)), n, asked), path or self.base_model)
+        replies = []
+        for sequence in found.sequences:
+            logprobs = np.asarray(sequence.logprobs if sequence.logprobs is not None else [], dtype=np.float32)
+            if len(logprobs) != len(sequence.tokens):
+                raise ServerError("server", f"{len(sequence.tokens)} tokens came with {len(logprobs)} logprobs.")
+            replies.append(Sampled(tuple(map(int, sequence.tokens)), logprobs, sequence.stop_reason == "stop"))
+        return replies
+
+    async def logprobs(self, path: str | None, ids: Sequence[int], last: int) -> Float32:
+        """(last,) of the last tokens of `ids` by the weights at `path`. Raises ServerError also where one is missing."""
+        sampler = await self._sampler(path)
+        scores = await self._wait(
+            sampler.compute_logprobs(types.ModelInput.from_ints(list(ids)), prompt_logprobs_last_n=last), path or self.base_model
+        )
+        tail = scores[-last:]
+        if len(tail) != last or any(score is None for score in tail):
+            raise ServerError("server", f"{last} logprobs were asked for and not all came.")
+        return np.asarray(tail, dtype=np.float32)
+
+    async def _sampler(self, path: str | None) -> Any:
+        if path not in self._samplers:
+            service = await self._connected()
+            where = {"base_model": self.base_model} if path is None else {"model_path": path}
+            if len(self._samplers) > 8:  # of versions long gone
+                self._samplers.clear()
+            self._samplers[path] = await self._wait(self._made(service.create_sampling_client, **where), path or self.base_model)
+        return self._samplers[path]
+
+    # --- connection ---------------------------------------------------------------------------
+
+    async def _connected(self) -> Any:
+        if self._service is None:
+            with _named(self.base_model):
+                self._service, self._rest = await asyncio.wait_for(asyncio.to_thread(self._connect), self._timeout_s)
+        return self._service
+
+    def _connect(self) -> tuple[Any, Any]:
+        return tinker.ServiceClient(**self._where), tinker.RestClient(**self._where)
+
+    async def _made(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A client of the service. The SDK's first call waits for the session, which must not hold up the loop."""
+        return await (await asyncio.to_thread(make, *args, **kwargs))
+
+    async def aclose(self) -> None:
+        self.drop()
+        self._samplers.clear()
+        service, rest, self._service, self._rest = self._service, self._rest, None, None
+        if service is not None:
+            with contextlib.suppress(Exception):  # it may be what just broke; the server ends silent sessions by itself
+                await asyncio.wait_for(service.close("success"), 5.0)
+        if rest is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(asyncio.wrap_future(rest.holder.run_coroutine_threadsafe(rest.holder.aclose()).future()), 5.0)
+
+    async def _wait(self, future: Any, what: str) -> Any:
+        with _named(what):
+            return await asyncio.wait_for(future, self._timeout_s)
+
+
+def _datum(input_ids: NDArray[np.int32], **inputs: NDArray[Any]) -> types.Datum:
+    return types.Datum(model_input=types.ModelInput.from_ints(input_ids.tolist()), loss_fn_inputs=inputs)
+
+
+def _of(inputs: Inputs) -> types.Datum:
+    return _datum(inputs.input_ids, target_tokens=inputs.targets, logprobs=inputs.logprobs, advantages=inputs.advantages)
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """What the SDK raises, as a ServerError."""
+    try:
+        yield
+    except ServerError:
+        raise
+    except Exception as e:
+        raise ServerError(*explained(e, what)) from e
+
+
+def explained(error: Exception, what: str) -> tuple[str, str]:
+    """Kind and sentence of what the SDK raised while doing `what`."""
+    kinds: Mapping[type[Exception] | tuple[type[Exception], ...], tuple[str, str]] = {
+        (TimeoutError, tinker.APITimeoutError): ("timeout", "The training server did not answer in time"),
+        tinker.APIConnectionError: ("down", "The training server can't be reached: is the engine running, is rl.tinker_base_url right?"),
+        (tinker.AuthenticationError, tinker.PermissionDeniedError): ("auth", "The training server refuses the key: check rl.tinker_api_key"),
+        tinker.BillingError: ("billing", "The training server wants to be paid first (status 402)"),
+        tinker.RateLimitError: ("rate_limit", "The training server asks to be called less often (status 429)"),
+        tinker.NotFoundError: ("missing", "The training server does not know it"),
+    }
+    for classes, (kind, text) in kinds.items():
+        if isinstance(error, classes):
+            return kind, f"{text} ({what})."
+    return "server", f"The training server failed ({what}): {type(error).__name__}: {error}"

@@ -1,0 +1,115 @@
+"""The policy server as a process: ``python -m metaclaw_core.policy --follow-stdin``, or ``metaclaw policy`` by hand.
+
+Design: started by the proxy it takes its token from the first JSON line on stdin (``{"token": "…"}``) and ends when stdin
+closes. Its port is free, and told in the heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from metaclaw_core.errors import ConfigError, MetaClawError
+from metaclaw_core.parent import until_stdin_closes
+from metaclaw_core.settings import home, load_settings, private_dir
+
+logger = logging.getLogger("metaclaw.policy")
+
+
+async def serve(
+    token: str | None = None, *, port: int = 0, follow_stdin: bool = False, ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve on 127.0.0.1 until SIGTERM, SIGINT or, with `follow_stdin`, the end of stdin.
+
+    `token`: None: the first line on stdin brings it. `port`: 0: any free one. `ready` gets the URL once it listens, which
+    is before anything can be sampled. Raises MetaClawError if it can't.
+    """
+    _need_libraries()
+    import uvicorn
+
+    from metaclaw_core.policy.server import create_app
+    from metaclaw_core.policy.service import Policy
+
+    stop, given = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    def take(message: Mapping[str, Any]) -> None:
+        if isinstance(message.get("token"), str) and not given.done():
+            given.set_result(message["token"])
+
+    if token is not None:
+        given.set_result(token)
+    follower = asyncio.ensure_future(until_stdin_closes(stop, take)) if follow_stdin else None
+    listener = _listen(port)
+    policy = Policy(load_settings(), private_dir(home()), listener.getsockname()[1])
+    living = asyncio.ensure_future(policy.run())
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((given, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not given.done():
+            return
+        config = uvicorn.Config(
+            create_app(policy, given.result()), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        if ready is not None:
+            ready(f"http://127.0.0.1:{policy.port}")
+        await asyncio.wait((serving, stopping, living), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+        if living.done():
+            living.result()
+    finally:
+        listener.close()
+        for task in (follower, stopping, living):
+            if task is not None:
+                task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await living
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as e:
+        listener.close()
+        raise ConfigError(f"Port {port} can't be used: {e.strerror}. Give another one, or 0 for any free one.") from e
+    return listener
+
+
+def _need_libraries() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("tinker", "transformers", "starlette", "uvicorn") if find_spec(name) is None]:
+        raise ConfigError(f"The policy server needs {', '.join(missing)}: pip install 'metaclaw-mitmproxy[rl]'.")
+
+
+def quiet_sdk() -> None:
+    """What fails here is told to nobody but the user: the SDK reports errors, with their texts, to its maker."""
+    os.environ.setdefault("TINKER_TELEMETRY", "0")  # noqa: TID251 - the SDK has no other switch
+    logging.getLogger("tinker").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def main() -> None:
+    os.umask(0o077)
+    quiet_sdk()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    code: int | str = 0
+    try:
+        asyncio.run(serve(follow_stdin="--follow-stdin" in sys.argv[1:]))
+    except MetaClawError as e:
+        code = f"metaclaw policy: {e}"
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

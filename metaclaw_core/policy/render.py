@@ -1,0 +1,309 @@
+"""A request as the token ids that the policy model is given, with the sampled ids of earlier replies in their places.
+
+Design: the model's own chat template makes the text; without known replies the ids are those of ``apply_chat_template``,
+token for token. A reply of ours that comes back in the history has been sampled as ids, and its text could be cut into
+other ids than those. So the template is given the reply as we know it, its place is looked for in the rendered text (what
+the template puts before an answer, then exactly the reply's text), and there the sampled ids are put. Since they decode
+to the very text they replace, a prompt is always the template's text, and whatever ids it has are the ones that are
+stored and trained on.
+
+Templates rewrite history: most drop the reasoning of earlier turns, some trim or re-serialise. Then the reply's text is
+not there, its ids are not used (`Prompt.missed`), and the message stays as the client sent it. A template that writes
+the conversation before an answer differently once the answer is there never continues a prompt; that is found at the
+start (`Renderer.problem`) and nothing is reused.
+
+Reasoning that the client left out is put back only in the tool loop that is going on; earlier turns are as the client
+has them.
+
+Limits: text in the conversation that spells a special token becomes one, as with ``apply_chat_template``. A renderer is
+for one thread at a time; its readers are independent of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from metaclaw_core.model import Message, Request, Role
+from metaclaw_core.policy import families
+from metaclaw_core.policy.canonical import reasoning_of, reply_key
+from metaclaw_core.policy.context import TARGET, choose, leave_out
+from metaclaw_core.policy.families import KIMI, Schemas
+from metaclaw_core.policy.messages import NO_TOOLS, Abilities, Chat, RenderError, chat_of, declared
+from metaclaw_core.policy.parse import ReplyReader, new_call_id
+from metaclaw_core.policy.tokens import Encoder, decode
+
+__all__ = ["Known", "Prompt", "RenderError", "Renderer", "load_tokenizer", "stop_strings"]
+
+_REPLIES = 2_000  # read and remembered
+
+
+class Known(Protocol):
+    """What a session knows of its own replies; one object per session, hashable by identity."""
+
+    def tokens_of(self, key: str) -> Sequence[int] | None:
+        """The ids whose text is the reply with that key (``canonical.reply_key``), stop id included; None: not ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    ids: tuple[int, ...]
+    reused: int  # replies whose sampled ids are in it
+    missed: int  # replies that are ours, but not to the letter in what the template makes of them
+    trimmed: int  # pairs of call and result, or messages, left out for the context
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    ids: tuple[int, ...]
+    text: str
+    message: Message  # as the model said it, with the ids of its own for the calls
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Of a model's folder or hub name. Raises RenderError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as e:
+        raise RenderError("template", f"The tokenizer of {name_or_path} can't be loaded: {e}") from e
+
+
+class Renderer:
+    """Made once per model. Raises RenderError (template) where the model can't chat at all."""
+
+    def __init__(self, tokenizer: Any, *, reasoning: bool = True) -> None:
+        """`tokenizer`: of transformers. `reasoning`: let a model that can think do so, where its template has a switch."""
+        if not tokenizer.chat_template:
+            raise RenderError("template", "The policy model has no chat template; rl.model must name a chat model.")
+        self._tokenizer = tokenizer
+        self._reasoning = reasoning
+        self._encoder = Encoder(tokenizer)
+        self.family = families.family_of(tokenizer)
+        self._marks = families.marks_of(self.family, tokenizer)
+        self.stop_ids = families.stops_of(self.family, tokenizer)
+        self._hidden = {
+            id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id not in self._marks
+        }
+        self.fingerprint = _fingerprint(tokenizer)
+        self._abilities = Abilities()
+        self._lead = ""  # what the template puts before an answer
+        self.problem = self._examine()
+        """Why no sampled ids can be reused with this template, as a sentence; None: they can."""
+        self._replies: OrderedDict[tuple[str, tuple[int, ...]], _Reply | None] = OrderedDict()
+        self._left_out: WeakKeyDictionary[Known, set[str]] = WeakKeyDictionary()
+
+    # --- what the template can do ----------------------------------------------------------------
+
+    def _examine(self) -> str | None:
+        user, answer = {"role": "user", "content": "Are you there?"}, {"role": "assistant", "content": "Yes, I am."}
+        tool: Chat = [{"type": "function", "function": {"name": "probe_4711", "description": "", "parameters": {}}}]
+        system = {"role": "system", "content": "probe_4711"}
+        prompt = self._text([user], [])  # raises where not even this can be said
+        self._abilities = Abilities(
+            system=self._shows([system, user], []),
+            late_system=self._shows([user, answer, system, user], []),
+            repeated_user=self._shows([user, {**user, "content": "probe_4711"}], []),
+            tools=self._shows([user], tool),
+            global_ids=self.family is KIMI,
+        )
+        bare = self._text([user], [], generate=False)
+        if not prompt.startswith(bare) or prompt == bare:
+            return _no_extension(bare, prompt, "an answer is asked for")
+        self._lead = prompt[len(bare) :]
+        said = answer["content"]
+        histories = [[user, answer, user]]
+        if self._opens_reasoning:  # then an answer begins with it, and many templates keep it in a tool loop only
+            said = answer["reasoning_content"] = "They ask."
+            probe = {"type": "function", "id": "call00000", "function": {"name": "probe_4711", "arguments": {}}}
+            result = {"role": "tool", "content": "Yes.", "name": "probe_4711", "tool_call_id": "call00000"}
+            histories += [[user, {**answer, "tool_calls": [probe]}, result]] * self._abilities.tools
+        for history in histories:
+            after = self._text(history, tool if history[-1] is not user else [])
+            if after.startswith(prompt + said):
+                return None
+        return _no_extension(prompt + said, after, "the answer is part of the history")
+
+    @property
+    def _opens_reasoning(self) -> bool:
+        return self._lead.rstrip().endswith("<think>")
+
+    def _shows(self, chat: Chat, tools: Chat) -> bool:
+        try:
+            return "probe_4711" in self._text(chat, tools)
+        except RenderError:
+            return False
+
+    def _text(self, chat: Chat, tools: Chat, *, generate: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                chat,
+                tools=tools or None,
+                add_generation_prompt=generate,
+                tokenize=False,
+                enable_thinking=self._reasoning,
+                thinking=self._reasoning,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as e:
+            raise RenderError("template", f"The policy model's chat template refuses this conversation: {e}") from e
+        return text
+
+    # --- prompts -----------------------------------------------------------------------------------
+
+    def render(self, request: Request, known: Known, *, max_tokens: int) -> Prompt:
+        """The prompt for the next reply, of at most `max_tokens` tokens. Raises RenderError."""
+        tools = declared(request)
+        if tools and not self._abilities.tools:
+            raise RenderError("template", NO_TOOLS)
+        left_out = self._left_out.setdefault(known, set())
+        messages, trimmed = leave_out(request.messages, left_out)
+        prompt = self._assemble(messages, tools, known)
+        if len(prompt.ids) > max_tokens:
+            target, chosen = int(TARGET * max_tokens), set(left_out)
+            while len(prompt.ids) > target:
+                more = choose(request.messages, chosen, length=len(prompt.ids), target=target)
+                if not more:
+                    break
+                chosen |= more
+                messages, trimmed = leave_out(request.messages, chosen)
+                prompt = self._assemble(messages, tools, known)
+            if len(prompt.ids) > max_tokens:
+                raise RenderError(
+                    "too_long",
+                    f"System prompt, tools and newest messages alone have {len(prompt.ids):,} tokens; "
+                    f"the policy model takes {max_tokens:,} beside its reply.",
+                )
+            left_out |= chosen
+        return replace(prompt, trimmed=trimmed)
+
+    def _assemble(self, messages: Sequence[Message], tools: Chat, known: Known) -> Prompt:
+        replies, missed = self._ours(messages, tools, known) if self.problem is None else ({}, 0)
+        while True:
+            text = self._text(chat_of(messages, self._abilities, {i: r.message for i, r in replies.items()}), tools)
+            spans = self._places(text, replies)
+            if len(spans) == len(replies):
+                break
+            missed += len(replies) - len(spans)
+            replies = {i: reply for i, reply in replies.items() if i in spans}
+        ids: list[int] = []
+        at = 0
+        for i, (start, end) in spans.items():
+            ids += self._encoder.encode(text[at:start])
+            ids += replies[i].ids
+            at = end
+        ids += self._encoder.encode(text[at:])
+        return Prompt(tuple(ids), len(spans), missed, 0)
+
+    def _ours(self, messages: Sequence[Message], tools: Chat, known: Known) -> tuple[dict[int, _Reply], int]:
+        """Our replies among the messages, by index; and how many are ours but came back as something else."""
+        keys = {i: reply_key(m) for i, m in enumerate(messages) if m.role is Role.ASSISTANT}
+        often = Counter(keys.values())
+        loop = max((i for i in keys if not messages[i].tool_calls), default=-1)  # the last finished answer
+        found: dict[int, _Reply] = {}
+        missed = 0
+        for i, key in keys.items():
+            ids = known.tokens_of(key)
+            if ids is None or len(ids) == 0:
+                continue
+            reply = self._reply(key, tuple(ids), tools)
+            if reply is not None:
+                said, came = reasoning_of(reply.message), reasoning_of(messages[i])
+                # Where several messages look the same, nobody can say which of their thoughts were left out.
+                if said == came or (not came and i > loop and often[key] == 1):
+                    found[i] = reply
+                    continue
+            missed += 1
+        return found, missed
+
+    def _reply(self, key: str, ids: tuple[int, ...], tools: Chat) -> _Reply | None:
+        """What the ids say; None: not the message with that key."""
+        if (key, ids) in self._replies:
+            self._replies.move_to_end((key, ids))
+            return self._replies[key, ids]
+        found = None
+        for schemas in (_schemas(tools) or {}, None):  # None: marks of a call are text, as where no tools were declared
+            reader = self._reader(schemas, stops=(), call_id=lambda written: written.id)
+            reader.feed(ids)
+            reader.finish()
+            if reply_key(reader.message) == key:
+                found = _Reply(ids, decode(self._tokenizer, ids), reader.message)
+                break
+        self._replies[key, ids] = found
+        if len(self._replies) > _REPLIES:
+            self._replies.popitem(last=False)
+        return found
+
+    def _places(self, text: str, replies: Mapping[int, _Reply]) -> dict[int, tuple[int, int]]:
+        """Where the replies stand in the text, to the letter and in their order; those that don't are left out."""
+        spans: dict[int, tuple[int, int]] = {}
+        at = 0
+        for i, reply in replies.items():
+            found = text.find(self._lead + reply.text, at)
+            start = found + len(self._lead)
+            end = start + len(reply.text)
+            if found < 0 or not (reply.ids[-1] in self.stop_ids or self._encoder.is_boundary(text, end)):
+                continue
+            spans[i] = start, end
+            at = end
+        return spans
+
+    # --- replies -----------------------------------------------------------------------------------
+
+    def reader(self, request: Request) -> ReplyReader:
+        """For the reply to `request`: with its stop strings, and calls only where it declares tools."""
+        dialect = request.dialect
+        return self._reader(
+            _schemas(declared(request)), stops=stop_strings(request), call_id=lambda _: new_call_id(dialect)
+        )
+
+    def _reader(self, schemas: Schemas | None, *, stops: Sequence[str], call_id: Any) -> ReplyReader:
+        return ReplyReader(
+            self._tokenizer,
+            self.family,
+            marks=self._marks,
+            hidden=self._hidden,
+            stop_ids=self.stop_ids,
+            stops=stops,
+            schemas=schemas,
+            thinking=self._opens_reasoning,
+            call_id=call_id,
+        )
+
+
+def stop_strings(request: Request) -> tuple[str, ...]:
+    """Those of the client, whatever its dialect calls them."""
+    for name in ("stop", "stop_sequences", "stopSequences"):
+        value = request.sampling.get(name)
+        if isinstance(value, str):
+            return (value,) if value else ()
+        if isinstance(value, list):
+            return tuple(stop for stop in value if isinstance(stop, str) and stop)
+    return ()
+
+
+def _schemas(tools: Chat) -> Schemas | None:
+    return {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools} or None
+
+
+def _no_extension(expected: str, found: str, when: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    before = expected[max(0, at - 30) : at]
+    return (
+        f"The chat template of the policy model writes the conversation differently once {when}: after {before!r} "
+        f"come {expected[at : at + 20]!r} first and then {found[at : at + 20]!r}. So a prompt never continues the one "
+        "before, and the sampled tokens of earlier replies can't be reused."
+    )
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    added = {id: repr(token) for id, token in tokenizer.added_tokens_decoder.items()}
+    state = [sorted(tokenizer.get_vocab().items()), sorted(added.items()), tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -1,0 +1,120 @@
+"""Text to token ids and back, exactly and only what is new.
+
+Design: a tokenizer splits text at its added tokens before it does anything else, so the stretches between them can be
+encoded one by one and remembered. `Encoder` keeps the ids of stretches seen before: of a prompt of 13,000 tokens of which
+12,000 came in the last request, too, only the last 1,000 are encoded. Tokenizers for which that does not hold (they look
+at what stands before, as those with a space in front of the first word do) are found by a test at the start and encode
+the whole text each time.
+
+`Detokenizer` gives the text of a growing list of ids: whatever the pieces, what it gives joins to what the tokenizer
+makes of the whole. A character that is not complete is held back.
+
+Limits: added tokens that take the white space beside them, or match in normalised text, stay inside their stretch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+_MAX_CHARS = 16_000_000  # of all stretches remembered
+_UNDECIDED = "\ufffd"
+
+
+class Encoder:
+    """Ids of a text as ``tokenizer(text, add_special_tokens=False)`` has them. For one thread at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokenizer("", add_special_tokens=False)  # switches off truncation and padding that the tokenizer came with
+        self._tokenizer = tokenizer
+        self._known: OrderedDict[str, list[int]] = OrderedDict()
+        self._chars = 0
+        self._hard = {
+            token.content: id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word) and token.content
+        }
+        longest_first = sorted(self._hard, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._hard else None
+        if self._split and not self._splits_well():
+            self._split = None
+
+    def encode(self, text: str) -> list[int]:
+        if self._split is None:
+            return self._encode(text)
+        ids: list[int] = []
+        for i, piece in enumerate(self._split.split(text)):
+            if i % 2:
+                ids.append(self._hard[piece])
+            elif piece:
+                ids += self._remembered(piece)
+        return ids
+
+    def is_boundary(self, text: str, at: int) -> bool:
+        """Is what follows tokenised alike whatever stands before? True at the end and before an added token."""
+        return at == len(text) or (self._split is not None and self._split.match(text, at) is not None)
+
+    def _remembered(self, piece: str) -> list[int]:
+        ids = self._known.get(piece)
+        if ids is not None:
+            self._known.move_to_end(piece)
+            return ids
+        ids = self._known[piece] = self._encode(piece)
+        self._chars += len(piece)
+        while self._chars > _MAX_CHARS and len(self._known) > 1:
+            self._chars -= len(self._known.popitem(last=False)[0])
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        # Past the wrapper where there is one to pass: it is slower, and changes settings while another thread decodes.
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            return ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _splits_well(self) -> bool:
+        tokens = list(self._hard)
+        pieces = ["system\nYou are.\n\n", " user\n", "1234 Grüße, 你好 🙂", "\n", "", "  two", "\n\n\tthree \n"]
+        probe = "".join(f"{tokens[i % len(tokens)]}{piece}" for i, piece in enumerate(pieces * 2))
+        whole: list[int] = self._tokenizer(probe, add_special_tokens=False)["input_ids"]
+        return self.encode(probe) == whole
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The exact text, special tokens included."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+class Detokenizer:
+    """The text of a reply that grows by ids; special tokens among them are written out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the last ids: what comes next may complete a character, or join with them
+        self._given = 0  # characters of the window's text that were given
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """What the new ids add to the text, as far as it is decided."""
+        if not ids:
+            return ""
+        self._window += ids
+        text = decode(self._tokenizer, self._window)
+        complete = not text.endswith(_UNDECIDED)
+        new = text[self._given :] if complete else text[self._given : -1]
+        if complete:
+            self._window = self._window[-1:]
+            self._given = len(decode(self._tokenizer, self._window))
+        else:
+            self._given = max(self._given, len(text) - 1)
+        return new
+
+    def finish(self) -> str:
+        """The rest: replacement characters for a character that never became complete."""
+        text = decode(self._tokenizer, self._window)[self._given :] if self._window else ""
+        self._window, self._given = [], 0
+        return text

@@ -1,0 +1,52 @@
+"""One engine and one policy server for all tests of this folder that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from policy_help import RunningEngine, RunningPolicy, running_engine, running_policy, teach_words
+
+MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:  # of the whole session
+        if item.path.is_relative_to(here) and item.get_closest_marker("local"):
+            if MISSING:
+                item.add_marker(pytest.mark.skip(reason=f"no local engine: {', '.join(MISSING)} not installed"))
+            # The SDK leaves the connections of a finished client to the garbage collector.
+            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It answers with words in ASCII that mean nothing, some 100 tokens of them, and ends by itself."""
+    from metaclaw_core.engine.testing import make_model
+
+    folder = make_model(tmp_path_factory.mktemp("chat") / "model", context=2048, stops=True, spread=0.05)
+    teach_words(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
+    with running_engine(chat_model, tmp_path_factory.mktemp("engine-home")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def policy(engine: RunningEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPolicy]:
+    with running_policy(engine, tmp_path_factory.mktemp("policy-home")) as running:
+        running.wait_until()
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

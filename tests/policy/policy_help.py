@@ -1,0 +1,157 @@
+"""What the policy server's tests share: an engine and a policy server, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from metaclaw_core.routes import FLOW_HEADER, Heartbeat, read_heartbeat
+from metaclaw_core.store import samplefile
+
+TOKEN = "token-of-this-run"
+SECONDS = 60.0
+WORDS = ["cat", "dog", "bird", "tree", "house", "river", "stone", "cloud", "apple", "green", "quickly", "the", "a", "of", "and", "to,", "under", "over.", "with"]
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    url: str
+    key: str
+    model: str
+    process: subprocess.Popen[str]
+
+
+@dataclass
+class RunningPolicy:
+    """Asks as the proxy does."""
+
+    home: Path
+    process: subprocess.Popen[bytes]
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=SECONDS))
+
+    def heartbeat(self) -> Heartbeat | None:
+        return read_heartbeat(self.home)
+
+    def wait_until(self, *, ready: bool = True, version: int | None = None) -> Heartbeat:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            beat = self.heartbeat()
+            ours = beat is not None and beat.pid == self.process.pid
+            if beat is not None and ours and beat.ready is ready and (version is None or version in beat.versions):
+                return beat
+            assert self.process.poll() is None, "the policy server has ended"
+            time.sleep(0.05)
+        raise AssertionError(f"no heartbeat with ready={ready}: {self.heartbeat()}")
+
+    @property
+    def url(self) -> str:
+        beat = self.heartbeat()
+        assert beat is not None
+        return f"http://127.0.0.1:{beat.port}"
+
+    def ask(self, path: str, body: dict[str, Any], flow: str, **headers: str) -> httpx.Response:
+        return self.client.post(self.url + path, json=body, headers=self.headers(flow, **headers))
+
+    def headers(self, flow: str, **more: str) -> dict[str, str]:
+        named = {f"x-metaclaw-{name}": value for name, value in more.items()}
+        return {"authorization": f"Bearer {TOKEN}", FLOW_HEADER: flow, "x-metaclaw-explore": "1", **named}
+
+    def sample(self, flow: str) -> dict[str, Any]:
+        """The row of the table `samples`, arrays unpacked; waits a moment for an answer that was broken off."""
+        deadline = time.monotonic() + 10
+        while True:
+            rows = [row for _, row in samplefile.pending(self.home / "run" / samplefile.FILE, 10_000)]
+            row = next((row for row in rows if row["flow_id"] == flow), None)
+            if row is not None:
+                break
+            assert time.monotonic() < deadline, f"no sample of {flow}"
+            time.sleep(0.05)
+        if row["prompt_ids"] is not None:
+            row["prompt_ids"] = samplefile.unpack_ids(row["prompt_ids"]).tolist()
+            row["tokens"] = samplefile.unpack_ids(row["tokens"]).tolist()
+            row["logprobs"] = samplefile.unpack_logprobs(row["logprobs"]).tolist()
+        return row
+
+
+def teach_words(folder: Path, steps: int = 100) -> None:
+    """Train a model of `make_model` to answer any question with words. Takes a few seconds."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    dice = random.Random(0)
+    for _ in range(steps):
+        words = [" ".join(dice.choice(WORDS) for _ in range(dice.randint(12, 40))) for _ in range(8)]
+        chats = [f"<|im_start|>user\n{dice.choice(WORDS)}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>" for text in words]
+        batch = tokenizer(chats, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def running_engine(model: Path, home: Path, port: int = 0) -> Iterator[RunningEngine]:
+    arguments = ["--model", str(model), "--port", str(port), "--device", "cpu", "--threads", "1", "--json"]
+    code = "from metaclaw_core.cli.engine import command; command()"
+    environment = {**os.environ, "METACLAW_HOME": str(home), "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=sys.stderr, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the engine ended with {process.wait()}"
+        ready = json.loads(line)
+        yield RunningEngine(ready["url"], Path(ready["key_file"]).read_text().strip(), ready["model"], process)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        if process.stdout:
+            process.stdout.close()
+
+
+@contextlib.contextmanager
+def running_policy(engine: RunningEngine, home: Path, **settings: str) -> Iterator[RunningPolicy]:
+    """Started as the proxy starts it. Yields at once; `wait_until` waits until it can sample."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("METACLAW_", "TINKER_"))}
+    environment |= {
+        "METACLAW_HOME": str(home),
+        "METACLAW_RL_MODEL": engine.model,
+        "METACLAW_RL_TINKER_BASE_URL": engine.url,
+        "METACLAW_RL_TINKER_API_KEY": engine.key,
+        "HF_HUB_OFFLINE": "1",
+        **settings,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "metaclaw_core.policy", "--follow-stdin"],
+        stdin=subprocess.PIPE,
+        stderr=sys.stderr,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+    )
+    policy = RunningPolicy(home, process)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"token": TOKEN}).encode() + b"\n")
+        process.stdin.flush()
+        yield policy
+    finally:
+        policy.client.close()
+        process.kill()
+        process.wait(timeout=30)
+        if process.stdin:
+            process.stdin.close()

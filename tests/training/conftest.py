@@ -1,0 +1,42 @@
+"""One engine for all tests of this folder; a home with answers of its tiny model to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from policy_help import RunningEngine, running_engine
+
+MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:  # of the whole session
+        if item.path.is_relative_to(here) and item.get_closest_marker("local"):
+            if MISSING:
+                item.add_marker(pytest.mark.skip(reason=f"no local engine: {', '.join(MISSING)} not installed"))
+            # The SDK leaves the connections of a finished client to the garbage collector.
+            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from metaclaw_core.engine.testing import make_model
+
+    return make_model(tmp_path_factory.mktemp("tiny") / "model", stops=True)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
+    with running_engine(tiny_model, tmp_path_factory.mktemp("engine-home")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
