@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from metaclaw_core.learn.evolve import Evolver, EvolveReport
     from metaclaw_core.learn.health import CheckReport
     from metaclaw_core.learn.llm import LLMClient
+    from metaclaw_core.learn.prices import Prices
+    from metaclaw_core.learn.promote import GateReport
     from metaclaw_core.learn.scoring import ScoreReport
+    from metaclaw_core.learn.training import StepReport, Trainer
 
 
 async def ingest(store: Store, home: Path) -> DrainReport:
@@ -33,17 +36,65 @@ async def ingest(store: Store, home: Path) -> DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    built: bool
+    built: bool  # or patched
     skills: int | None = None  # None where nothing was built
     problems: tuple[str, ...] = ()
 
 
-async def refresh_index(settings: Settings, home: Path) -> IndexReport:
-    """Build the skill index again if the library has changed since. Raises MetaClawError if the build fails."""
-    from metaclaw_core.skills.build import library_fingerprint, needs_build
+class IndexKeeper:
+    """Keeps the index file of a home as the library is; one per worker, asked at each tick.
 
-    if not needs_build(home, await asyncio.to_thread(library_fingerprint, settings)):
-        return IndexReport(built=False)
+    Small changes are patched in at once. The full build runs beside the ticks, in a process of its own, so that what
+    changes meanwhile is patched in as well.
+    """
+
+    def __init__(self, settings: Settings, home: Path) -> None:
+        from metaclaw_core.skills.library import open_library
+
+        self._settings = settings
+        self._home = home
+        self._library = open_library(skills_settings(settings))  # remembers what it has read
+        self._build: asyncio.Future[IndexReport] | None = None
+        self._too_much = ""  # the state of the library that was no matter of a patch
+
+    async def refresh(self) -> IndexReport:
+        """One look, and what is to be done. Raises MetaClawError for a build that failed since the last look."""
+        from metaclaw_core.skills.build import INDEX_FILE, fingerprint, needs_build
+        from metaclaw_core.skills.indexfile import read_origin
+        from metaclaw_core.skills.patch import MARK
+
+        report = IndexReport(built=False)
+        if self._build is not None and self._build.done():
+            build, self._build = self._build, None
+            report = build.result()
+        origin = await asyncio.to_thread(fingerprint, self._library, self._settings)
+        if not needs_build(self._home, origin):
+            return report
+        if origin != self._too_much and read_origin(self._home / INDEX_FILE) != origin + MARK:
+            skills = await asyncio.to_thread(self._patch, origin)
+            if skills is not None:
+                return IndexReport(built=True, skills=skills, problems=report.problems)
+            self._too_much = origin
+        if self._build is None:
+            self._build = asyncio.ensure_future(_build_index())
+        return report
+
+    async def aclose(self) -> None:
+        """End a build that runs; the next keeper begins it anew."""
+        if self._build is not None:
+            self._build.cancel()
+            await asyncio.gather(self._build, return_exceptions=True)
+
+    def _patch(self, origin: str) -> int | None:
+        from metaclaw_core.skills.build import INDEX_FILE
+        from metaclaw_core.skills.patch import patch_file
+
+        index = patch_file(self._home / INDEX_FILE, self._library.skills(), origin)
+        return None if index is None else len(index)
+
+
+async def _build_index() -> IndexReport:
+    """In a process of its own. Raises MetaClawError if it fails."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",  # nothing is imported from the folder we happen to be in
@@ -57,6 +108,7 @@ async def refresh_index(settings: Settings, home: Path) -> IndexReport:
         out, err = await process.communicate()
     except asyncio.CancelledError:
         process.kill()
+        await process.wait()
         raise
     if process.returncode:
         raise MetaClawError(f"The skill index could not be built: {err.decode(errors='replace').strip()[-2000:]}")
@@ -124,3 +176,40 @@ async def look_after_skills(store: Store, settings: Settings) -> LifeReport | No
             return await recorded(store, "skills", round_, worth=LifeReport.says_something)
     except JobBusy:
         return None
+
+
+async def train(store: Store, trainer: Trainer, *, wait_s: float = 0.0) -> StepReport | None:
+    """One optimiser step, if one can be made. None: another process trains."""
+    from metaclaw_core.learn.runs import JobBusy, job_lease, recorded
+    from metaclaw_core.learn.training import StepReport
+
+    try:
+        async with job_lease(store, "train", wait_s=wait_s):
+            return await recorded(store, "train", trainer.run_once, worth=StepReport.says_something)
+    except JobBusy:
+        return None
+
+
+async def promote(store: Store, settings: Settings, prices: Prices, home: Path) -> GateReport | None:
+    """Let the gate look at what live sessions earned. None: another process trains."""
+    from metaclaw_core.learn.promote import look
+    from metaclaw_core.learn.publish import publish
+    from metaclaw_core.learn.runs import JobBusy, job_lease, recorded
+
+    async def round_() -> GateReport:
+        report = await asyncio.to_thread(look, store)
+        await asyncio.to_thread(publish, store, settings, prices, home)
+        return report
+
+    try:
+        async with job_lease(store, "train"):
+            return await recorded(store, "promote", round_, worth=lambda r: r.verdict in ("promote", "rollback"))
+    except JobBusy:
+        return None
+
+
+async def publish_route(store: Store, settings: Settings, prices: Prices, home: Path) -> None:
+    """The route file as the store has it. Safe beside training: it only reads, and the file is replaced whole."""
+    from metaclaw_core.learn.publish import publish
+
+    await asyncio.to_thread(publish, store, settings, prices, home)

@@ -16,23 +16,28 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from metaclaw_core import jobs
-from metaclaw_core.errors import ConfigError, MetaClawError, WireError
+from metaclaw_core.errors import ConfigError, MetaClawError
 from metaclaw_core.learn.budget import Budget
 from metaclaw_core.learn.credentials import Callers
 from metaclaw_core.learn.evolve import Evolver
 from metaclaw_core.learn.llm import LLMClient
+from metaclaw_core.learn.prices import load_prices
 from metaclaw_core.learn.scoring import judge_client
+from metaclaw_core.parent import until_stdin_closes
 from metaclaw_core.settings import Settings, home, load_settings, private_dir
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.rollouts import Store
-from metaclaw_core.wire.jsonio import loads_object
+
+if TYPE_CHECKING:
+    from metaclaw_core.learn.training import Trainer
 
 logger = logging.getLogger("metaclaw.worker")
 
@@ -42,7 +47,9 @@ EVOLVE_SECONDS = 10.0
 SKILLS_SECONDS = 300.0
 SCORE_SECONDS = 10.0
 EXAMINE_SECONDS = 3600.0
-_MAX_LINE = 1 << 20
+TRAIN_SECONDS = 5.0
+PROMOTE_SECONDS = 30.0
+ROUTE_SECONDS = 0.5
 
 
 async def serve(*, follow_stdin: bool) -> None:
@@ -56,7 +63,7 @@ async def serve(*, follow_stdin: bool) -> None:
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
     callers = Callers(store, settings.proxy.hosts, enabled=settings.llm.use_caller_credentials)
-    follower = asyncio.ensure_future(_until_stdin_closes(stop, callers.take)) if follow_stdin else None
+    follower = asyncio.ensure_future(until_stdin_closes(stop, callers.take)) if follow_stdin else None
     budget = Budget(store, settings.llm.daily_token_budget)
     evolver = _evolver(store, settings, callers, budget)
     judge = _judge(settings, budget)
@@ -77,7 +84,8 @@ async def serve(*, follow_stdin: bool) -> None:
             next_run_time=datetime.now(UTC),  # the first time at once: the proxy waits for the index
         )
 
-    every(INDEX_SECONDS, "index", lambda: jobs.refresh_index(settings, here))
+    keeper = jobs.IndexKeeper(settings, here)
+    every(INDEX_SECONDS, "index", keeper.refresh)
     every(INGEST_SECONDS, "ingest", lambda: jobs.ingest(store, here))
     if evolver is not None:
         every(EVOLVE_SECONDS, "evolve", lambda: jobs.evolve(evolver))
@@ -90,19 +98,42 @@ async def serve(*, follow_stdin: bool) -> None:
             lambda: jobs.examine_judge(store, settings, judge, at_start=time.monotonic() - started < EXAMINE_SECONDS / 2),
         )
     every(SKILLS_SECONDS, "skills", lambda: jobs.look_after_skills(store, settings))
+    trainer = _trainer(store, settings, here)
+    if trainer is not None:
+        prices = load_prices(here)
+        every(TRAIN_SECONDS, "train", lambda: jobs.train(store, trainer))
+        every(PROMOTE_SECONDS, "promote", lambda: jobs.promote(store, settings, prices, here))
+        every(ROUTE_SECONDS, "route", lambda: jobs.publish_route(store, settings, prices, here))
     scheduler.start()
     try:
         await stop.wait()
     finally:
         scheduler.shutdown(wait=False)
+        await keeper.aclose()
         if follower is not None:
             follower.cancel()
         if evolver is not None:
             await evolver.aclose()
         if judge is not None:
             await judge.aclose()
+        if trainer is not None:
+            await trainer.aclose()
         await _logged("ingest", lambda: jobs.ingest(store, here))
         store.close()
+
+
+def _trainer(store: Store, settings: Settings, here: Path) -> Trainer | None:
+    """None: nothing is trained. The SDK and its tokenizers are loaded only in rl mode."""
+    if settings.mode != "rl":
+        return None
+    try:
+        from metaclaw_core.learn.training import trainer_of
+
+        return trainer_of(store, settings, here)
+    except (ConfigError, ImportError) as e:
+        missing = f"{e.name} is missing: pip install 'metaclaw-mitmproxy[rl]'" if isinstance(e, ImportError) else e
+        logger.warning("Nothing is trained: %s", missing)
+        return None
 
 
 async def _logged(name: str, job: Callable[[], Awaitable[Any]]) -> None:
@@ -134,22 +165,6 @@ def _evolver(store: Store, settings: Settings, callers: Callers, budget: Budget)
     except ConfigError as e:
         logger.warning("No skills are written: %s", e)
         return None
-
-
-async def _until_stdin_closes(stop: asyncio.Event, take: Callable[[Mapping[str, Any]], object]) -> None:
-    """Hand each JSON object on stdin to `take`. A line may hold a key: it is never logged."""
-    reader = asyncio.StreamReader(limit=_MAX_LINE)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while True:
-        try:
-            line = await reader.readline()
-        except ValueError:  # longer than the limit; what follows is read on
-            continue
-        if not line:
-            break
-        with contextlib.suppress(WireError):
-            take(loads_object(line, "line on stdin"))
-    stop.set()
 
 
 def main() -> None:

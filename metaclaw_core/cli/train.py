@@ -13,6 +13,8 @@ from metaclaw_core.cli.output import json_line, opened_store, table
 from metaclaw_core.settings import home
 
 if TYPE_CHECKING:
+    from metaclaw_core.learn.training import StepReport, Trainer
+    from metaclaw_core.store.rollouts import Store
     from metaclaw_core.view.training import Training
 
 
@@ -66,6 +68,47 @@ def _row(step: dict[str, Any]) -> tuple[str, ...]:
     metrics = step["metrics"] or {}
     figures = (words.number(metrics.get("turns")), *(words.figure(metrics.get(key)) for key in ("reward_mean", "kl", "ratio_mean")))
     return str(step["id"]), step["state"], *figures, words.number(step["version"]), words.one_line(step["error"]) if step["error"] else ""
+
+
+@command.command("step")
+@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait where the worker is at it.")
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
+def step(wait: float, as_json: bool) -> None:
+    """Make one step now, if there are turns for it. Exit status 4 if not, with the reason."""
+    import asyncio
+    from dataclasses import asdict
+
+    from metaclaw_core.errors import ConfigError
+    from metaclaw_core.settings import load_settings
+
+    settings = load_settings()
+    if settings.mode != "rl":
+        raise ConfigError("Training needs mode rl: metaclaw setup --mode rl.")
+    try:
+        from metaclaw_core.learn.training import trainer_of
+    except ImportError as e:
+        raise ConfigError(f"{e.name} is missing: pip install 'metaclaw-mitmproxy[rl]'") from e
+    with opened_store() as store:
+        report = asyncio.run(_step(store, trainer_of(store, settings, home()), wait))
+    if report is None:
+        click.echo("metaclaw: another process trains right now.", err=True)
+        sys.exit(4)
+    if as_json:
+        json_line(asdict(report))
+    else:
+        for problem in report.problems:
+            click.echo(f"metaclaw: {problem}", err=True)
+        click.echo(f"Step {report.step} made version {report.version}." if report.made else f"No step: {report.waits}")
+    sys.exit(0 if report.made else 4)
+
+
+async def _step(store: Store, trainer: Trainer, wait: float) -> StepReport | None:
+    from metaclaw_core import jobs
+
+    try:
+        return await jobs.train(store, trainer, wait_s=wait)
+    finally:
+        await trainer.aclose()
 
 
 @command.command("report")

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from metaclaw_core import __version__
+from metaclaw_core.addresses import ForbiddenAddress, refuse_forbidden
 from metaclaw_core.errors import WireError
 from metaclaw_core.learn.budget import Budget
 from metaclaw_core.learn.credentials import Borrowed, Callers
@@ -111,7 +112,7 @@ class CallerClient:
                     verify=self._ssl if self._ssl is not None else True,
                     timeout=self._timeout_s,
                 ) as client,
-                client.stream("POST", url, content=content, headers=headers) as response,
+                client.stream("POST", url, content=content, headers=headers, extensions={"trace": refuse_forbidden}) as response,
             ):
                 parts: list[bytes] = []
                 async for part in response.aiter_bytes():
@@ -119,7 +120,7 @@ class CallerClient:
                     if sum(map(len, parts)) > _MAX_ANSWER:
                         break
                 return response.status_code, b"".join(parts)
-        except (TimeoutError, httpx.HTTPError) as e:
+        except (TimeoutError, httpx.HTTPError, ForbiddenAddress) as e:
             return None, (str(e) or type(e).__name__).encode("utf-8", "replace")
 
     def _answer(self, body: bytes) -> Response | None:

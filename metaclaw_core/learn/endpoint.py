@@ -9,37 +9,14 @@ Limits: model names of the presets are those of the reference system and will ag
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from metaclaw_core.addresses import forbidden_host
 from metaclaw_core.errors import ConfigError
 from metaclaw_core.settings import Settings
-
-_METADATA = frozenset(
-    ipaddress.ip_address(a) for a in ("100.100.100.200", "192.0.0.192", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
-)
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def forbidden_address(address: str) -> str | None:
-    """Why nothing is ever sent to this address; None: it may be. Loopback and private networks may."""
-    ip = parse_ip(address)
-    if ip.is_link_local or ip in _METADATA:
-        return "at a link-local or cloud metadata address"
-    if ip.is_unspecified or ip.is_multicast:
-        return "at no address of a server"
-    return None
-
-
-def parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address without its zone, and the IPv4 address that an IPv6 one stands for. Raises ValueError for a name."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else ip.ipv4_mapped or ip
-    return ip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +38,7 @@ class Endpoint:
             raise ConfigError(f"The API base {self.api_base!r} must be http(s)://HOST[:PORT][/PATH].")
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise ConfigError(f"The API base of {parts.hostname} must hold neither a user, a query nor a fragment.")
-        try:
-            problem = forbidden_address(parts.hostname)
-        except ValueError:
-            problem = None  # a name; its addresses are looked at when it is connected to
-        if problem is not None:
+        if (problem := forbidden_host(parts.hostname)) is not None:
             raise ConfigError(f"The API base {self.api_base} is {problem}.")
         if not self.model:
             raise ConfigError(f"No model is named for {parts.hostname}.")

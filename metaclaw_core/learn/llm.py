@@ -36,9 +36,10 @@ import httpx
 import stamina
 
 from metaclaw_core import __version__
+from metaclaw_core.addresses import forbidden_address, parse_ip
 from metaclaw_core.errors import MetaClawError, WireError
 from metaclaw_core.learn.budget import Budget, BudgetExhausted, Reservation, estimate_tokens
-from metaclaw_core.learn.endpoint import Endpoint, forbidden_address, parse_ip
+from metaclaw_core.learn.endpoint import Endpoint
 from metaclaw_core.model import Json
 from metaclaw_core.redact import redact_text
 from metaclaw_core.wire.jsonio import dumps, loads_object

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import func, select
 
-from metaclaw_core.errors import StoreError
+from metaclaw_core.errors import ConfigError, StoreError
 from metaclaw_core.learn import journal
 from metaclaw_core.learn.advantage import Tracker, key_of, single
 from metaclaw_core.learn.batch import LeftOut, Sample, build, lags_of, why_left_out, with_advantages
@@ -38,7 +38,7 @@ from metaclaw_core.learn.health import health_of
 from metaclaw_core.learn.journal import StepState, Trained, Version
 from metaclaw_core.learn.losses import Comparison, Limits, compare, prepare
 from metaclaw_core.learn.money import book_training, over_budget
-from metaclaw_core.learn.prices import Prices
+from metaclaw_core.learn.prices import Prices, load_prices
 from metaclaw_core.learn.publish import publish
 from metaclaw_core.learn.trainer import ServerError, TrainingServer
 from metaclaw_core.learn.windows import closed
@@ -379,6 +379,15 @@ class Trainer:
     def _knows(self, state: str) -> bool:
         with self._store.reading() as db:
             return db.scalar(select(func.count()).select_from(versions).where(versions.c.state_path == state)) != 0
+
+
+def trainer_of(store: Store, settings: Settings, home: Path) -> Trainer:
+    """What the settings name. Raises ConfigError."""
+    rl = settings.rl
+    if not rl.model:
+        raise ConfigError("rl.model is not set: it names the base model to train.")
+    server = TrainingServer(rl.model, base_url=rl.tinker_base_url or None, api_key=rl.tinker_api_key or None, lora_rank=rl.lora_rank)
+    return Trainer(store, settings, home, server, load_prices(home))
 
 
 class Readers:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from judge_tools import QUICK, client_of
 
+from metaclaw_core.addresses import forbidden_address
 from metaclaw_core.errors import ConfigError
 from metaclaw_core.learn.budget import Budget, BudgetExhausted, spent
-from metaclaw_core.learn.endpoint import Endpoint, evolver_endpoint, forbidden_address, judge_endpoint, llm_endpoint
+from metaclaw_core.learn.endpoint import Endpoint, evolver_endpoint, judge_endpoint, llm_endpoint
 from metaclaw_core.learn.llm import Completion, LLMClient, LLMRefused, LLMUnavailable
 from metaclaw_core.settings import Settings
 from metaclaw_core.store.db import open_store

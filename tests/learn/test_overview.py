@@ -7,7 +7,7 @@ import pytest
 from evolve_tools import LATER, START, Model, Talk, add, edits
 from judge_tools import client_of
 
-from metaclaw_core.cli.status import _learning_lines
+from metaclaw_core.cli.status import _learning_lines, _skills
 from metaclaw_core.learn.budget import Budget
 from metaclaw_core.learn.credentials import Callers
 from metaclaw_core.learn.evolve import Evolver
@@ -91,3 +91,9 @@ async def test_a_finished_run_shows(store: Store) -> None:
     assert value["segments"] == {"done": 1}
     assert [(run["name"], run["ok"]) for run in value["runs"]] == [("evolve", True)]
     assert any(line.startswith("evolve ") and line.endswith(", ok") for line in _learning_lines(value))
+
+
+def test_before_there_is_an_index_no_generation_is_claimed() -> None:
+    assert _skills(None) == "no index yet"
+    assert _skills({"count": 83, "generation": None}) == "83 as read at the start; the worker's index is not there yet"
+    assert _skills({"count": 84, "generation": 2}) == "84 in generation 2"
