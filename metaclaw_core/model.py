@@ -210,6 +210,7 @@ class Injection:
     text: str
     skills: tuple[str, ...]
     index_generation: int
+    scores: tuple[float | None, ...] = ()  # the retriever's, one a skill when it was chosen; None: not known; (): none is
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,3 +242,4 @@ class Exchange:
     error: str | None  # mitmproxy's words if the flow broke
     live: bool  # False: read from a capture
     injection: Injection | None = None
+    version: int | None = None  # of our own weights that answered; None: the upstream did, or nobody

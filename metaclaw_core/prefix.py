@@ -1,44 +1,55 @@
 """How far two bodies are the same, at memory speed.
 
 Design: an agent sends its history again and again, so nearly all of a body is known from the one
-before. The known body is cut into chunks once; `startswith` at an offset compares a chunk without a
-copy, and only inside the first chunk that differs the place is searched by halving.
+before. `startswith` and `endswith` compare a stretch as memory does; the stretch is a slice of a size that
+stays in the processor's cache, for `memoryview` compares forty times as slowly. Only inside the first
+stretch that differs the place is searched, by halving.
 """
 
 from __future__ import annotations
 
-_CHUNK = 16 * 1024
+from typing import NamedTuple
+
+_STRETCH = 16 * 1024
 
 
-class Known:
-    """A body to compare later ones with."""
+class Likeness(NamedTuple):
+    """How many bytes of two bodies are the same, from the start and from the end; together no more than the shorter one has."""
 
-    __slots__ = ("_chunks", "body")
+    other: bytes
+    prefix: int
+    suffix: int
 
-    def __init__(self, body: bytes) -> None:
-        self.body = body
-        self._chunks = [body[i : i + _CHUNK] for i in range(0, len(body), _CHUNK)]
+    @property
+    def shared(self) -> int:
+        return self.prefix + self.suffix
 
-    def common_prefix(self, other: bytes) -> int:
-        """The number of leading bytes in which `other` equals this body."""
-        at = 0
-        for chunk in self._chunks:
-            if not other.startswith(chunk, at):
-                return at + _same(chunk, other[at : at + len(chunk)])
-            at += len(chunk)
-        return at
 
-    def common_suffix(self, other: bytes, limit: int) -> int:
-        """The number of trailing bytes in which they are equal, at most `limit`."""
-        size = min(len(self.body), len(other), limit)
-        low, high = 0, size
-        while low < high:
-            middle = (low + high + 1) // 2
-            if other.endswith(self.body[len(self.body) - middle : len(self.body) - low], 0, len(other) - low):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+def likeness(other: bytes, body: bytes) -> Likeness:
+    """Of `body` to `other`."""
+    prefix = common_prefix(other, body)
+    return Likeness(other, prefix, common_suffix(other, body, min(len(other), len(body)) - prefix))
+
+
+def common_prefix(a: bytes, b: bytes) -> int:
+    """The number of leading bytes in which they are equal."""
+    end = min(len(a), len(b))
+    for at in range(0, end, _STRETCH):
+        stretch = a[at : at + _STRETCH]
+        if not b.startswith(stretch, at):
+            return at + _same(stretch, b[at : at + _STRETCH])
+    return end
+
+
+def common_suffix(a: bytes, b: bytes, limit: int, known: int = 0) -> int:
+    """The number of trailing bytes in which they are equal, at most `limit`; of `known` bytes it is known already."""
+    end = min(len(a), len(b), limit)
+    last = len(b)
+    for at in range(known, end, _STRETCH):
+        stretch = a[len(a) - min(at + _STRETCH, end) : len(a) - at]
+        if not b.endswith(stretch, 0, last - at):
+            return at + _same(stretch[::-1], b[max(0, last - at - _STRETCH) : last - at][::-1])
+    return max(end, known)
 
 
 def _same(a: bytes, b: bytes) -> int:

@@ -13,11 +13,9 @@ found by `redact_answer` in the fields that it knows; assembled texts are redact
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import parse_qsl, quote
-
-from metaclaw_core.prefix import Known
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,7 @@ _SHAPES = (
     ),
     _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}", re.compile(rb"[Bb]\Z")),
 )
+_ANCHORS = tuple((shape.anchor, shape) for shape in _SHAPES)
 
 
 def redact(data: bytes) -> tuple[bytes, int]:
@@ -97,17 +96,17 @@ def redact(data: bytes) -> tuple[bytes, int]:
 def _hits(data: bytes) -> list[tuple[int, int, str]]:
     """(start, end, kind) of each secret, in order, none inside another."""
     hits: list[tuple[int, int, str]] = []
-    for shape in _SHAPES:
-        if data.rfind(shape.anchor) < 0:  # CPython's rfind is about three times as fast as find for what isn't there
+    for anchor, shape in _ANCHORS:
+        if data.rfind(anchor) < 0:  # CPython's rfind is about three times as fast as find for what isn't there
             continue
-        at = data.find(shape.anchor)
+        at = data.find(anchor)
         while at >= 0:
             match = shape.pattern.match(data, at)
             if match and shape.before.search(data[max(0, at - 6) : at]):
                 hits.append((at, match.end(), shape.kind))
-                at = data.find(shape.anchor, match.end())
+                at = data.find(anchor, match.end())
             else:
-                at = data.find(shape.anchor, at + 1)
+                at = data.find(anchor, at + 1)
     hits.sort()
     apart: list[tuple[int, int, str]] = []
     for hit in hits:
@@ -136,6 +135,9 @@ def redact_answer(data: bytes) -> tuple[bytes, int]:
     """
     head = data[:64].lstrip()
     if not (head.startswith(_STREAMS) or (head.startswith(b"{") and b"}\n{" in data)):
+        return redact(data)
+    found = _STREAMED.findall(data)
+    if not any(_hits(b"".join([text for name, text in found if name == one])) for one in {name for name, _ in found}):
         return redact(data)
     fields: dict[bytes, list[tuple[int, int]]] = {}
     for match in _STREAMED.finditer(data):
@@ -172,40 +174,17 @@ def _spread(hits: list[tuple[int, int, str]], spans: list[tuple[int, int]]) -> l
     return changes
 
 
-class Redactor:
-    """`redact` for a stream of bodies that repeat each other, as an agent's requests do.
+def redact_between(data: bytes, prefix: int, suffix: int) -> tuple[bytes, int]:
+    """`redact` of a body of which the first `prefix` and the last `suffix` bytes are those of a redacted one.
 
-    It remembers large bodies in which nothing was found, by the keys they came with, and searches only what differs
-    from the last one of a key, with a margin on both sides. A shape that is longer than the margin and reaches from the
-    known part into the new one is seen only if its anchor lies in the margin; of the shapes only a private key and a
-    token of many kilobytes can be that long, and a message is sent whole. Not for several threads.
+    Only what is between is searched, out to the quotes around it: no shape goes over a quote but a private key, and of
+    that a redacted body holds not even the first line. If there is a secret, all of `data` is searched.
     """
-
-    _MARGIN = 4 * 1024
-    _KEPT_BYTES = 4 << 20
-
-    def __init__(self) -> None:
-        self._clean: OrderedDict[str, Known] = OrderedDict()  # least recently used first
-
-    def redact(self, data: bytes, *keys: str) -> tuple[bytes, int]:
-        """The same answer as `redact`. `keys` say which bodies are alike, the nearest first (a turn, then its caller)."""
-        if len(data) < 4 * self._MARGIN:
-            return redact(data)
-        start, end = 0, len(data)
-        known = next((self._clean[key] for key in keys if key in self._clean), None)
-        if known is not None:
-            prefix = known.common_prefix(data)
-            suffix = known.common_suffix(data, min(len(data), len(known.body)) - prefix)
-            start, end = max(0, prefix - self._MARGIN), min(len(data), len(data) - suffix + self._MARGIN)
-        if redact(data[start:end])[1]:
-            return redact(data)
-        remembered = Known(data)
-        for key in keys:
-            self._clean[key] = remembered
-            self._clean.move_to_end(key)
-        while len(self._clean) > 2 and sum(len(k.body) for k in set(self._clean.values())) > self._KEPT_BYTES:
-            self._clean.popitem(last=False)
+    start = max(0, data.rfind(b'"', 0, prefix))
+    end = data.find(b'"', len(data) - suffix) + 1 or len(data)
+    if (start, end) != (0, len(data)) and not _hits(data[start:end]):
         return data, 0
+    return redact(data)
 
 
 def redact_text(text: str) -> str:
@@ -218,6 +197,7 @@ def redact_text(text: str) -> str:
 _SECRET_PARAMETER = re.compile(r"key|token|secret|password|credential|signature|auth|session|^sig$|^code$", re.IGNORECASE)
 
 
+@lru_cache(maxsize=64)
 def redact_path(path: str) -> str:
     """A path with the values of secret query parameters replaced, and whatever else has the shape of a secret.
 

@@ -33,6 +33,7 @@ PRINCIPAL_HEADER = "x-metaclaw-principal"  # to find the conversation behind a p
 EXPLORE_HEADER = "x-metaclaw-explore"  # "1": sample at T=1 (class A); "0": with the client's values (class C)
 # What the policy server says in its answer's head, stripped by the proxy.
 FAILED_HEADER = "x-metaclaw-failed"  # one word: why it could not answer; the agent's retry goes to the upstream
+RESPONSE_ID_PREFIX = "resp_mc_"  # begins the id of each Responses answer of ours: no upstream knows such an id
 
 
 @dataclass(frozen=True, slots=True)

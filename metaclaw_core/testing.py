@@ -13,12 +13,15 @@ import asyncio
 import json
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import h11
+
+from metaclaw_core.model import Request, StopReason, Usage
+from metaclaw_core.wire.answer import AnswerWriter, Call, Event, TextDelta, answer_writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,10 @@ class ScriptedLLM:
         if script.status != 200:
             body = json.dumps({"error": {"message": "scripted", "type": "scripted_error", "code": str(script.status)}}).encode()
             return await _whole(connection, writer, script, body, "application/json")
-        events = list(_events(dialect, script))
         if not stream:
             await asyncio.sleep(script.first_after)
-            return await _whole(connection, writer, script, json.dumps(_answer_json(dialect, script)).encode(), "application/json")
-        kind = "application/x-ndjson" if dialect == "ollama" else "text/event-stream"
+            return await _whole(connection, writer, script, _answer(_writer(dialect, stream=False), script), "application/json")
+        events, kind = _events(dialect, script), _writer(dialect, stream=True).media_type
         head = [("content-type", kind), ("transfer-encoding", "chunked"), *script.headers.items()]
         writer.write(connection.send(h11.Response(status_code=200, headers=head)) or b"")
         loop = asyncio.get_running_loop()
@@ -180,7 +182,7 @@ def dialect_of(received: Received) -> tuple[str, bool]:
     dialect = next((v for k, v in name.items() if path.endswith(k)), "openai_chat")
     try:
         flag = received.json().get("stream", dialect == "ollama")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         flag = False
     return dialect, bool(flag)
 
@@ -190,116 +192,21 @@ def _pieces(script: Script) -> list[str]:
     return [script.text[i : i + size] for i in range(0, len(script.text), size)]
 
 
-def _sse(data: Any, event: str | None = None) -> bytes:
-    head = f"event: {event}\n" if event else ""
-    return f"{head}data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+def _writer(dialect: str, *, stream: bool) -> AnswerWriter:
+    ids = {"openai_chat": "chatcmpl-1", "openai_responses": "resp_1", "anthropic": "msg_1"}
+    request = Request(dialect, "scripted", stream, ())
+    return answer_writer(dialect, request, model="scripted", response_id=ids.get(dialect, "r1"), created=1.0, stream=stream)
 
 
-def _events(dialect: str, script: Script) -> Iterator[bytes]:
+def _answer(writer: AnswerWriter, script: Script) -> bytes:
+    said: list[Event] = [TextDelta(piece) for piece in _pieces(script)]
+    if script.tool is not None:
+        name, arguments = script.tool
+        said = [Call(name, json.dumps(arguments), "call_1")]
+    return b"".join((writer.start(), *map(writer.feed, said), writer.finish(StopReason.STOP, Usage(10, 5))))
+
+
+def _events(dialect: str, script: Script) -> list[bytes]:
     """The answer as stream records, one HTTP chunk each."""
-    if dialect == "openai_chat":
-        base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "scripted"}
-
-        def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
-            return _sse({**base, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
-
-        yield chunk({"role": "assistant", "content": ""})
-        if script.tool:
-            name, arguments = script.tool
-            call = {"name": name, "arguments": json.dumps(arguments)}
-            yield chunk({"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": call}]})
-        else:
-            for piece in _pieces(script):
-                yield chunk({"content": piece})
-        yield chunk({}, "tool_calls" if script.tool else "stop")
-        yield _sse("[DONE]")
-    elif dialect == "openai_responses":
-        answer = _answer_json(dialect, script)
-        yield _sse({"type": "response.created", "response": {**answer, "status": "in_progress", "output": []}}, "response.created")
-        if not script.tool:
-            for piece in _pieces(script):
-                event = {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": piece}
-                yield _sse(event, "response.output_text.delta")
-        yield _sse({"type": "response.completed", "response": answer}, "response.completed")
-    elif dialect == "anthropic":
-        answer = _answer_json(dialect, script)
-        yield _sse({"type": "message_start", "message": {**answer, "content": [], "stop_reason": None}}, "message_start")
-        block = answer["content"][0]
-        empty = {**block, "input": {}} if script.tool else {**block, "text": ""}
-        yield _sse({"type": "content_block_start", "index": 0, "content_block": empty}, "content_block_start")
-        deltas: list[dict[str, Any]] = (
-            [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
-            if script.tool
-            else [{"type": "text_delta", "text": piece} for piece in _pieces(script)]
-        )
-        for delta in deltas:
-            yield _sse({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
-        yield _sse({"type": "content_block_stop", "index": 0}, "content_block_stop")
-        usage = {"output_tokens": answer["usage"]["output_tokens"]}
-        yield _sse({"type": "message_delta", "delta": {"stop_reason": answer["stop_reason"]}, "usage": usage}, "message_delta")
-        yield _sse({"type": "message_stop"}, "message_stop")
-    elif dialect == "gemini":
-        answer = _answer_json(dialect, script)
-        if not script.tool:
-            *_, candidate = answer["candidates"]
-            for piece in _pieces(script):
-                yield _sse({"candidates": [{"content": {"role": "model", "parts": [{"text": piece}]}, "index": candidate["index"]}]})
-            answer["candidates"][0]["content"]["parts"] = [{"text": ""}]
-        yield _sse(answer)
-    else:
-        answer = _answer_json(dialect, script)
-        if not script.tool:
-            for piece in _pieces(script):
-                message = {"role": "assistant", "content": piece}
-                yield json.dumps({"model": "scripted", "created_at": "2026-01-01T00:00:00Z", "message": message, "done": False}).encode() + b"\n"
-            answer["message"]["content"] = ""
-        yield json.dumps(answer).encode() + b"\n"
-
-
-def _answer_json(dialect: str, script: Script) -> dict[str, Any]:
-    """The same answer as one JSON object."""
-    text, tool = script.text, script.tool
-    if dialect == "openai_chat":
-        message: dict[str, Any] = {"role": "assistant", "content": None if tool else text}
-        if tool:
-            message["tool_calls"] = [{"id": "call_1", "type": "function", "function": {"name": tool[0], "arguments": json.dumps(tool[1])}}]
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if tool else "stop"}
-        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-        return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "scripted", "choices": [choice], "usage": usage}
-    if dialect == "openai_responses":
-        item: dict[str, Any] = (
-            {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": tool[0], "arguments": json.dumps(tool[1]), "status": "completed"}
-            if tool
-            else {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": text, "annotations": []}]}
-        )
-        usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
-        return {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "scripted", "output": [item], "usage": usage}
-    if dialect == "anthropic":
-        block: dict[str, Any] = {"type": "tool_use", "id": "toolu_1", "name": tool[0], "input": tool[1]} if tool else {"type": "text", "text": text}
-        return {
-            "id": "msg_1",
-            "type": "message",
-            "role": "assistant",
-            "model": "scripted",
-            "content": [block],
-            "stop_reason": "tool_use" if tool else "end_turn",
-            "stop_sequence": None,
-            "usage": {"input_tokens": 10, "output_tokens": 5},
-        }
-    if dialect == "gemini":
-        part: dict[str, Any] = {"functionCall": {"name": tool[0], "args": tool[1]}} if tool else {"text": text}
-        candidate = {"content": {"role": "model", "parts": [part]}, "index": 0, "finishReason": "STOP"}
-        counts = {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15}
-        return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": "scripted", "responseId": "r1"}
-    reply: dict[str, Any] = {"role": "assistant", "content": "" if tool else text}
-    if tool:
-        reply["tool_calls"] = [{"function": {"name": tool[0], "arguments": tool[1]}}]
-    return {
-        "model": "scripted",
-        "created_at": "2026-01-01T00:00:00Z",
-        "message": reply,
-        "done": True,
-        "done_reason": "stop",
-        "prompt_eval_count": 10,
-        "eval_count": 5,
-    }
+    end = b"\n" if dialect == "ollama" else b"\n\n"
+    return [record + end for record in _answer(_writer(dialect, stream=True), script).split(end)[:-1]]

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import batched
 from pathlib import Path
 
 from metaclaw_core.learn.budget import Budget
@@ -54,8 +56,12 @@ def serve(latency: float) -> None:
 
 
 def fill(store: Store, count: int) -> None:
+    for batch in batched(exchanges(count), 100):
+        store.ingest(batch)
+
+
+def exchanges(count: int) -> Iterator[Exchange]:
     """Tool loops of four exchanges, each with a history, arguments and results of some size."""
-    made = []
     for n in range(count):
         loop, step = divmod(n, 4)
         asked = f"Task {loop}: count the lines of each file and tell me the longest. " + "Details. " * 40
@@ -69,32 +75,28 @@ def fill(store: Store, count: int) -> None:
             call = {"id": f"c{step}", "type": "function", "function": {"name": "exec", "arguments": json.dumps({"command": f"wc -l f{step}"})}}
             reply = {"role": "assistant", "content": "", "tool_calls": [call]}
         answer = {"id": f"r{n}", "model": "m", "choices": [{"index": 0, "message": reply, "finish_reason": "stop"}]}
-        made.append(
-            Exchange(
-                flow_id=f"bench-{n}",
-                dialect="openai_chat",
-                method="POST",
-                scheme="https",
-                host="api.example.com",
-                port=443,
-                path="/v1/chat/completions",
-                started_at=1_700_000_000.0 + n,
-                duration_ms=500.0,
-                principal="0" * 32,
-                hints=Hints(),
-                request_body=json.dumps({"model": "m", "messages": messages, "tools": [{"type": "function", "function": {"name": "exec"}}]}).encode(),
-                request_encoding="",
-                status_code=200,
-                response_body=json.dumps(answer).encode(),
-                response_encoding="",
-                response_type="application/json",
-                complete=True,
-                error=None,
-                live=True,
-            )
+        yield Exchange(
+            flow_id=f"bench-{n}",
+            dialect="openai_chat",
+            method="POST",
+            scheme="https",
+            host="api.example.com",
+            port=443,
+            path="/v1/chat/completions",
+            started_at=1_700_000_000.0 + n,
+            duration_ms=500.0,
+            principal="0" * 32,
+            hints=Hints(),
+            request_body=json.dumps({"model": "m", "messages": messages, "tools": [{"type": "function", "function": {"name": "exec"}}]}).encode(),
+            request_encoding="",
+            status_code=200,
+            response_body=json.dumps(answer).encode(),
+            response_encoding="",
+            response_type="application/json",
+            complete=True,
+            error=None,
+            live=True,
         )
-    for at in range(0, count, 100):
-        store.ingest(made[at : at + 100])
 
 
 def rss_mb() -> float:

@@ -1,4 +1,5 @@
-"""Write the generated part of README.md: the list of commands as `metaclaw --help` prints it.
+"""Write the generated parts of README.md: the list of commands as `metaclaw --help` prints it, and the figures of
+`scripts/bench.py --readme` (docs/bench.json).
 
     .venv/bin/python scripts/readme.py            write it
     .venv/bin/python scripts/readme.py --check    exit status 1 if it is not up to date
@@ -6,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +15,13 @@ from click.testing import CliRunner
 
 from metaclaw_core.cli.main import group
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench_table import table
+
 README = Path(__file__).resolve().parents[1] / "README.md"
+FIGURES = README.parent / "docs" / "bench.json"
+FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by scripts/bench.py -->\n", "<!-- end of figures -->\n"
 BEGIN, END = "<!-- commands: written by scripts/readme.py -->\n", "<!-- end of commands -->\n"
 
 
@@ -23,12 +31,21 @@ def commands() -> str:
     return "```console\n$ metaclaw --help\n" + "".join(f"{line.strip()}\n" for line in listed.splitlines()) + "```\n"
 
 
+def figures() -> str:
+    """"" where nothing has been measured."""
+    return table(json.loads(FIGURES.read_text(encoding="utf-8"))) + "\n" if FIGURES.exists() else ""
+
+
 def generated(text: str) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{README} lacks the lines {BEGIN.strip()} and {END.strip()}.")
-    return before + begin + commands() + end + after
+    return _between(_between(text, BEGIN, END, commands()), FIGURES_BEGIN, FIGURES_END, figures())
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise SystemExit(f"{README} lacks the lines {begin.strip()} and {end.strip()}.")
+    return before + begun + new + ended + after
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ Everything is loaded at the first use, not at import: an agent's own module impo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from metaclaw_core import plugins
 from metaclaw_core.agents.base import Agent, Identity, Prior
 from metaclaw_core.model import Hints, Request
 
@@ -28,30 +28,11 @@ BUILT_IN = tuple(
 
 AGENTS: tuple[Agent, ...]  # = agents(), made by __getattr__
 
-_log = logging.getLogger(__name__)
-
 
 def load(found: Iterable[EntryPoint]) -> tuple[Agent, ...]:
     """The modules among `found` that have a name of their own, in their order, then the built-ins."""
-    own = {point.name: point.value for point in BUILT_IN}
-    built_in: dict[str, Agent] = {point.name: point.load() for point in BUILT_IN}
-    others: dict[str, Agent] = {}
-    for point in found:
-        if own.get(point.name) == point.value:
-            continue  # a built-in, declared by our own distribution
-        if point.name in built_in or point.name in others:
-            _log.warning("agent %s (%s) is ignored: the name is taken", point.name, point.value)
-            continue
-        try:
-            agent: Any = point.load()
-        except Exception:  # noqa: BLE001 - the boundary to code that is not ours
-            _log.exception("agent %s (%s) can't be loaded and is ignored", point.name, point.value)
-            continue
-        if getattr(agent, "name", None) != point.name:
-            _log.warning("agent %s (%s) is ignored: it does not call itself so", point.name, point.value)
-            continue
-        others[point.name] = agent
-    return (*others.values(), *built_in.values())
+    ours, theirs = plugins.load("agent", BUILT_IN, found)
+    return (*theirs.values(), *ours.values())
 
 
 @cache

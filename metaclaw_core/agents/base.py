@@ -9,7 +9,8 @@ store at ingest, the proxy's session state on the hot path.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,7 @@ class Identity:
     retry: bool  # a repeated attempt at the same human turn
     trace: str | None  # what ties the calls of one human turn together; None: use the chain id of the human message
     unknown_preambles: int = 0  # envelopes that were dropped without being known; counted, so that we notice
+    human_at: tuple[int, ...] = ()  # for each of human_texts its place in request.messages; () where they are not there
     history_mark: str | None = None  # what a compaction left at the head of the history (its digest); None: never compacted
 
 
@@ -50,6 +52,8 @@ class Agent(Protocol):
 
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$")
+_SESSION_HEADERS = ("x-openclaw-session-id", "session_id", "session-id")
+_CLIENTS = (("openclaw", "openclaw"), ("claude-code", "claude-cli"), ("codex", "codex"))
 _ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 
@@ -59,13 +63,42 @@ def hints_from_headers(headers: Mapping[str, str]) -> Hints:
     `headers` must look names up case-insensitively (mitmproxy's and httpx's do).
     """
     trace = _TRACEPARENT.match(headers.get("traceparent", ""))
-    session = next(
-        (v for name in ("x-openclaw-session-id", "session_id", "session-id") if _ID.match(v := headers.get(name, ""))),
-        None,
-    )
+    session = client = None
+    for name in _SESSION_HEADERS:
+        if (value := headers.get(name)) and _ID.match(value):
+            session = value
+            break
     agent = f"{headers.get('user-agent', '')} {headers.get('originator', '')} {headers.get('x-app', '')}".lower()
-    client = next(
-        (name for name, mark in (("openclaw", "openclaw"), ("claude-code", "claude-cli"), ("codex", "codex")) if mark in agent),
-        None,
-    )
+    for name, mark in _CLIENTS:
+        if mark in agent:
+            client = name
+            break
     return Hints(trace_id=trace.group(1) if trace else None, session_id=session, client=client)
+
+
+class Remembered[T]:
+    """A pure function of a text that remembers its last answers, for an agent sends its history with every request.
+
+    Bounded in characters; the oldest go first. For several threads.
+    """
+
+    def __init__(self, function: Callable[[str], T], chars: int) -> None:
+        self._function = function
+        self._answers: dict[str, T] = {}
+        self._room = chars
+        self._lock = threading.Lock()
+
+    def __call__(self, text: str) -> T:
+        try:
+            return self._answers[text]
+        except KeyError:
+            answer = self._function(text)
+        with self._lock:
+            if text not in self._answers:
+                self._answers[text] = answer
+                self._room -= len(text) + 64
+            while self._room < 0:
+                oldest = next(iter(self._answers))
+                del self._answers[oldest]
+                self._room += len(oldest) + 64
+        return answer

@@ -124,7 +124,7 @@ def unwrap(text: str) -> Spoken:
         for rule in (_MEMORY, _LINES, _REPLYING, _HISTORY):
             if match := rule.match(text):
                 text = text[match.end() :]
-        if match := _MARKED.match(text) or _OLD.match(text):
+        if match := (MARK in text and _MARKED.match(text)) or _OLD.match(text):
             text = _after_block(text, match.end())
         elif match := _UNTRUSTED.match(text):
             unknown += 1

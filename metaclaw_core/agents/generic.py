@@ -32,10 +32,11 @@ def turn(
 ) -> Identity:
     """MAIN or TOOL by what follows the last human message; without one, what the continued response belongs to."""
     user_text: str | None
+    places: tuple[int, ...] = ()
     if said:
         opening, user_text = said[-1]
         tail = request.messages[opening + 1 :]
-        texts = tuple(text for _, text in said)
+        texts, places = tuple(text for _, text in said), tuple(at for at, _ in said)
         kind = Kind.TOOL if any(m.role is Role.TOOL for m in tail) else Kind.MAIN
     elif prior is not None:
         user_text = prior.user_text
@@ -53,6 +54,7 @@ def turn(
         texts,
         False,
         hints.trace_id,
+        human_at=places,
     )
 
 

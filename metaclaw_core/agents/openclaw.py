@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
+from typing import NamedTuple
 
-from metaclaw_core.agents.base import Identity, Prior
+from metaclaw_core.agents.base import Identity, Prior, Remembered
 from metaclaw_core.agents.envelope import CARRIER, RUNTIME, Spoken, split_runtime, unwrap
 from metaclaw_core.model import Hints, Kind, Message, Request, Role, Text
 
@@ -70,11 +71,10 @@ _MACHINE_STAMPED = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
+class _Said(NamedTuple):
     """A user message in which somebody or something speaks."""
 
-    index: int  # in request.messages
+    at: int  # in request.messages
     kind: Kind  # MAIN, ANNOUNCE or HEARTBEAT
     spoken: Spoken
 
@@ -96,23 +96,30 @@ class OpenClaw:
         if prior is not None:
             session_id, key = session_id or prior.session_id, key or prior.session_key
         said = tuple(_said(request.messages))
-        opening = next((s for s in reversed(said) if not _is_retry_notice(s)), None)
-        last_work = max((i for i, m in enumerate(request.messages) if m.role in (Role.ASSISTANT, Role.TOOL)), default=-1)
-        retry = any(s.spoken.retry and s.index > last_work for s in said)
+        last_work = _last_work(request.messages)
+        opening: _Said | None = None
+        humans: list[_Said] = []
+        retry = False
+        for one in said:
+            retry = retry or (one.spoken.retry and one.at > last_work)
+            if not _is_retry_notice(one):
+                opening = one
+                if one.kind is Kind.MAIN:
+                    humans.append(one)
         if opening is None:
             return self._from_prior(request, hints, prior, session_id, key, retry)  # a chain: no head of a history
 
         kind = _addressed(opening, request.messages)
-        if kind is Kind.MAIN and last_work > opening.index:
+        if kind is Kind.MAIN and last_work > opening.at:
             kind = Kind.TOOL
         kind = _kind_of_session(key) or kind
-        user_text, human_texts = None, tuple(s.spoken.text for s in said if s.kind is Kind.MAIN and not _is_retry_notice(s))
+        user_text, human_texts, human_at = None, tuple(s.spoken.text for s in humans), tuple(s.at for s in humans)
         if kind in (Kind.MAIN, Kind.TOOL):
             user_text = opening.spoken.text
         elif kind is Kind.SUBAGENT:
-            user_text, human_texts = _task(said) or (prior.user_text if prior else None), ()
+            user_text, human_texts, human_at = _task(said) or (prior.user_text if prior else None), (), ()
         elif opening.kind is Kind.MAIN:  # only the carrier or the session tells that no human said it
-            human_texts = human_texts[:-1]
+            human_texts, human_at = human_texts[:-1], human_at[:-1]
         return Identity(
             self.name,
             kind,
@@ -123,6 +130,7 @@ class OpenClaw:
             retry,
             hints.trace_id,
             unknown_preambles=opening.spoken.unknown,
+            human_at=human_at,
             history_mark=_history_mark(request.messages),
         )
 
@@ -168,8 +176,17 @@ def _leading(request: Request) -> Iterator[Message]:
 
 
 def _is_agent(request: Request) -> bool:
-    first = next(_leading(request), None)
-    return first is not None and (first.text.startswith(_STABLE) or _PERSONA in first.text[:200])
+    first = request.messages[0] if request.messages else None
+    if first is None or first.role not in (Role.SYSTEM, Role.DEVELOPER):
+        return False
+    text = first.text
+    return text.startswith(_STABLE) or _PERSONA in text[:200]
+
+
+@lru_cache(maxsize=16)  # a system prompt is large, and the same in all requests of a session
+def _session_line(text: str) -> re.Match[str] | None:
+    head, mark, _ = text.rpartition(_DYNAMIC_END)
+    return RUNTIME.fullmatch((head if mark else text).rstrip().rpartition("\n")[2])
 
 
 def _runtime(request: Request) -> tuple[str | None, str | None]:
@@ -177,8 +194,7 @@ def _runtime(request: Request) -> tuple[str | None, str | None]:
     if not _is_agent(request):
         return None, None
     for message in _leading(request):
-        head, mark, _ = message.text.rpartition(_DYNAMIC_END)
-        if found := RUNTIME.fullmatch((head if mark else message.text).rstrip().rpartition("\n")[2]):
+        if found := _session_line(message.text):
             return found[1], found[2]
     first = next((m for m in request.messages if m.role is Role.USER), None)
     texts = [p.text for p in first.parts if isinstance(p, Text)] if first else []
@@ -235,11 +251,34 @@ def _said(messages: tuple[Message, ...]) -> Iterator[_Said]:
             texts = [stripped for t in texts if (stripped := split_runtime(t)[0])]
             if not texts and len(message.parts) == 1:
                 continue
+        if len(texts) == 1:
+            if (heard := _heard(texts[0])) is not None:
+                yield _Said(index, *heard)
+            continue
         own = [t for t in texts if not t.startswith(CARRIER)]
         if (texts and not own) or (own and own[0].startswith((_SUMMARY, _TOOL_IMAGE))):
             continue
         spoken = _joined([unwrap(text) for text in own])
         yield _Said(index, _speaker(spoken), spoken)
+
+
+def _hear(text: str) -> tuple[Kind, Spoken] | None:
+    """Who speaks in a user message of one text, and what is said; None: nobody does."""
+    if text.startswith((CARRIER, _SUMMARY, _TOOL_IMAGE)):
+        return None
+    spoken = unwrap(text)
+    return _speaker(spoken), spoken
+
+
+_heard = Remembered(_hear, 1 << 20)
+
+
+def _last_work(messages: tuple[Message, ...]) -> int:
+    """Where the agent last said something or got a result; -1: nowhere."""
+    for i in range(len(messages) - 1, -1, -1):
+        if messages[i].role is Role.ASSISTANT or messages[i].role is Role.TOOL:
+            return i
+    return -1
 
 
 def _joined(messages: list[Spoken]) -> Spoken:
@@ -269,7 +308,7 @@ def _addressed(opening: _Said, messages: tuple[Message, ...]) -> Kind:
     """The opening's kind, corrected by the carrier that belongs to it (the last one after it)."""
     if opening.kind is not Kind.MAIN:
         return opening.kind
-    for message in reversed(messages[opening.index + 1 :]):
+    for message in reversed(messages[opening.at + 1 :]):
         if message.role is Role.USER and (text := message.text).startswith(CARRIER):
             if _FROM_SESSION_DATA in text:
                 return Kind.ANNOUNCE

@@ -69,13 +69,14 @@ def command(session: str | None, before: datetime | None, everything: bool, yes:
 def _purge(store: Store, found: Found) -> PurgeReport:
     from dataclasses import replace
 
-    from metaclaw_core.store import purge
+    from metaclaw_core.store import purge, samplefile
 
     report = purge.purge(store, found)
     problems = [
         *report.problems,
         *purge.purge_spools(home() / "spool", found),
         *purge.purge_session_file(home() / "run" / "sessions.db", found),
+        *purge.purge_policy_file(home() / "run" / samplefile.FILE, found),
         *_tell_proxies("forget", "restart it, or it may write down again what it knows"),
         *purge.purge_logs(home() / "logs", found),
     ]

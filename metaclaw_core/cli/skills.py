@@ -106,9 +106,12 @@ def add(path: Path) -> None:
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @_JSON
 def validate_(paths: tuple[Path, ...], as_json: bool) -> None:
-    """Check skill folders against the Agent Skills standard; without PATHS the whole library. Exit status 1 if one fails."""
+    """Check skill folders against the Agent Skills standard, or folders of skill folders; without PATHS the whole library.
+
+    Exit status 1 if one fails.
+    """
     if paths:
-        found = {str(path): _problems(path) for path in paths}
+        found = {str(path): _problems(path) for given in paths for path in _skill_folders(given)}
     else:
         scan = _library().scan()
         found = {str(s.source): [] for s in (*scan.skills, *scan.candidates)}
@@ -216,6 +219,17 @@ def rollback(generation: int | None, as_json: bool) -> None:
 
 def _read(path: Path) -> Skill:
     return read(path / "SKILL.md" if path.is_dir() else path)
+
+
+def _skill_folders(path: Path) -> list[Path]:
+    """`path` itself, or where it is a folder of skill folders, those."""
+    if path.is_file() or (path / "SKILL.md").exists():
+        return [path]
+    try:
+        inside = sorted(file.parent for file in path.glob("*/SKILL.md") if not file.parent.name.startswith("."))
+    except OSError:
+        inside = []
+    return inside or [path]
 
 
 def _problems(path: Path) -> list[str]:

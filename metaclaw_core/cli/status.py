@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from metaclaw_core.cli.output import json_line
 from metaclaw_core.settings import home
 
-if TYPE_CHECKING:
-    from metaclaw_core.store.rollouts import Store
+ROUTED = "to the policy server"  # the proxy's counter
 
 
 def ask(message: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -43,39 +42,39 @@ def status(as_json: bool) -> None:
         else:
             click.echo("\n".join(_lines(answer)))
     if learning is not None and not as_json:
-        if (traffic := learning["traffic_24h"])["requests"]:
-            click.echo(
-                f"traffic    {traffic['input']:,} tokens in ({traffic['cached']:,} from the provider's cache), "
-                f"{traffic['output']:,} out, in 24 h"
-            )
-        click.echo("\n".join(_learning_lines(learning)))
+        click.echo("\n".join([*_traffic_lines(learning["traffic_today"]), *_learning_lines(learning)]))
     sys.exit(1 if any("error" in answer for answer in answers) else 0)
 
 
 def _learning() -> dict[str, Any] | None:
     """What the worker has done and what it waits for; None: there is no store yet."""
     from metaclaw_core.cli.output import opened_store
+    from metaclaw_core.learn.costs import own_cost, traffic_cost
     from metaclaw_core.learn.overview import overview
+    from metaclaw_core.learn.prices import load_prices
     from metaclaw_core.settings import load_settings
 
-    settings = load_settings()
+    settings, prices, now = load_settings(), load_prices(home()), time.time()
     if not settings.store.url and not (home() / "store.db").exists():
         return None
     with opened_store(drain=False) as store:
-        return {**overview(store, settings), "traffic_24h": _traffic(store)}
+        return {
+            **overview(store, settings, now),
+            "traffic_today": traffic_cost(store, prices, now),
+            "own_cost_today": own_cost(store, prices, now),
+        }
 
 
-def _traffic(store: Store) -> dict[str, int]:
-    """Tokens as the providers counted them, of the requests of the last 24 hours that they said something of."""
-    from sqlalchemy import func, select
+def _traffic_lines(traffic: dict[str, Any]) -> list[str]:
+    from metaclaw_core.learn.costs import cost_text
 
-    from metaclaw_core.store.tables import turns
-
-    columns = {"input": turns.c.input_tokens, "cached": turns.c.cached_tokens, "output": turns.c.output_tokens}
-    sums = [func.coalesce(func.sum(column), 0).label(name) for name, column in columns.items()]
-    query = select(func.count(turns.c.output_tokens).label("requests"), *sums).where(turns.c.started_at > time.time() - 86400)
-    with store.reading() as connection:
-        return {name: int(value) for name, value in connection.execute(query).one()._mapping.items()}
+    silent = f"; {traffic['unreported']:,} answers without a count" if traffic["unreported"] else ""
+    if not traffic["requests"]:
+        return [f"traffic    no tokens were reported today{silent}"] if silent else []
+    return [
+        f"traffic    {traffic['input']:,} tokens in ({traffic['cached']:,} from the provider's cache), "
+        f"{traffic['output']:,} out today (UTC), {cost_text(traffic)}{silent}"
+    ]
 
 
 def _learning_lines(learning: dict[str, Any]) -> list[str]:
@@ -96,6 +95,11 @@ def _learning_lines(learning: dict[str, Any]) -> list[str]:
         + (f" ({purposes})" if purposes else "")
         + (f"; {tokens['callers_24h']:,} in 24 h with your agent's own key" if tokens["callers_24h"] else "")
     )
+    if (own := learning.get("own_cost_today")) and own["requests"]:
+        from metaclaw_core.learn.costs import cost_text
+
+        guessed = f"; {own['estimated']:,} tokens of it are estimates" if own["estimated"] else ""
+        lines.append(f"own calls  {cost_text(own)} today{guessed}")
     for run in learning["runs"]:
         how = {True: "ok", False: f"failed: {run['error']}", None: "running, or cut off"}[run["ok"]]
         problems = (run["report"] or {}).get("problems") or ()
@@ -111,7 +115,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     lines = [
         f"proxy      pid {answer['pid']}, {', '.join(answer['listen']) or 'not listening'}, mode {answer['mode']}, "
         f"up {hours}h{seconds // 60:02}m" + (", BYPASSED" if answer["bypass"] else ""),
-        f"skills     {skills['count']} in generation {skills['generation']}" if skills else "skills     no index yet",
+        f"skills     {_skills(skills)}",
         f"sessions   {answer['sessions']} known, {answer['sessions_active_10min']} in the last 10 minutes",
         f"exchanges  {counters.get('exchanges', 0)} recorded, {counters.get('injected', 0)} with skills, "
         f"{answer['open_requests']} open",
@@ -120,14 +124,45 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         + (f", {spool['dropped']} LOST" if spool["dropped"] else "")
         + (f", last error: {spool['last_error']}" if spool["last_error"] else ""),
     ]
+    if route := answer.get("route"):
+        lines += _route_lines(route, counters)
     for child in answer["children"]:
         state = f"pid {child['pid']}" if child["pid"] else "not running"
         lines.append(f"{child['name']:<10} {state}, {child['restarts']} restarts")
     if answer.get("last_error"):
         lines.append(f"last error {answer['last_error']} (see logs/proxy.log)")
-    rest = {k: v for k, v in counters.items() if k not in ("exchanges", "injected")}
+    rest = {k: v for k, v in counters.items() if k not in ("exchanges", "injected", ROUTED)}
     lines += [f"           {name}: {count}" for name, count in rest.items()]
     return lines
+
+
+def _route_lines(route: dict[str, Any], counters: dict[str, int]) -> list[str]:
+    """Mode rl: who answers, and why if it isn't the own model."""
+    failed = sum(n for name, n in counters.items() if name.startswith("the policy server failed"))
+    asked = f"{counters.get(ROUTED, 0)} requests sent there, {failed} of them not answered"
+    if route["working"] is None:
+        return ["route      none yet: requests go to their own LLM"]
+    versions = f"version {route['working']}" + (f", control share on {route['stable']}" if route["stable"] != route["working"] else "")
+    problem = None
+    if not route["enabled"]:
+        problem = f"off: {route['reason'] or 'no reason given'}"
+    elif not route["ready"]:
+        said = route["problem"] or ("no sign of life; see logs/policy.log" if route["heartbeat_age_s"] is None else f"silent for {route['heartbeat_age_s']} s")
+        problem = f"the policy server is not ready: {said}"
+    elif route["breaker"] != "closed":
+        problem = f"the breaker is {route['breaker']} after failures"
+    return [
+        f"route      {versions} (generation {route['generation']}); {asked}",
+        *([f"           requests go to their own LLM, {problem}"] if problem else []),
+    ]
+
+
+def _skills(skills: dict[str, Any] | None) -> str:
+    if skills is None:
+        return "no index yet"
+    if skills["generation"] is None:
+        return f"{skills['count']} as read at the start; the worker's index is not there yet"
+    return f"{skills['count']} in generation {skills['generation']}"
 
 
 def _added(answer: dict[str, Any]) -> str:

@@ -21,9 +21,11 @@ def verify(as_json: bool) -> None:
     with opened_store(drain=False) as store:
         report = store.verify()
     if as_json:
-        json_line({"messages": report.messages, "turns": report.turns, "problems": list(report.problems)})
+        json_line({"messages": report.messages, "turns": report.turns, "problems": list(report.problems), "found": report.found})
     else:
         for problem in report.problems:
             click.echo(problem)
-        click.echo(f"{report.messages} messages and {report.turns} turns checked, {len(report.problems)} problems.")
+        if report.found > len(report.problems):
+            click.echo(f"… and {report.found - len(report.problems):,} more.")
+        click.echo(f"{report.messages} messages and {report.turns} turns checked, {report.found:,} problems.")
     sys.exit(1 if report.problems else 0)

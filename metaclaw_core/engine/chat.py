@@ -1,20 +1,18 @@
-"""From chat messages to token ids and from tokens back to text and tool calls."""
+"""From chat messages to token ids, and from a reply's tokens to OpenAI's fields, read as the policy server reads them."""
 
 from __future__ import annotations
 
 import json
-import re
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from metaclaw_core.engine.errors import EngineError
-
-_OPEN = "<tool_call>"
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+from metaclaw_core.policy.families import family_of
+from metaclaw_core.policy.parse import ReplyReader, new_call_id
+from metaclaw_core.policy.tokens import decode
+from metaclaw_core.wire.answer import Event, ReasoningDelta, TextDelta
 
 
 def render_chat(tokenizer: Any, body: Mapping[str, Any]) -> list[int]:
@@ -63,64 +61,41 @@ def _loaded(arguments: Any) -> Any:
         return arguments
 
 
-@dataclass(frozen=True)
-class ToolCalls:
-    text: str | None
-    """What stood before the first call; None if nothing."""
-    calls: list[dict[str, Any]]
+def reply_reader(
+    tokenizer: Any, body: Mapping[str, Any], prompt: Sequence[int], *, stop_ids: Collection[int], stops: Sequence[str]
+) -> ReplyReader:
+    """For one reply to a chat or, where `body` has no messages, to a prompt of plain text."""
+    chat = "messages" in body
+    tools = body.get("tools") if body.get("tool_choice") != "none" else None
+    functions = [tool["function"] for tool in tools or () if isinstance(tool.get("function"), dict)]
+    return ReplyReader(
+        tokenizer,
+        family_of(tokenizer) if chat else None,
+        stop_ids=stop_ids,
+        stops=stops,
+        schemas={str(f.get("name")): f.get("parameters") or {} for f in functions} or None,
+        thinking=chat and decode(tokenizer, prompt[-8:]).rstrip().endswith("<think>"),
+        call_id=lambda _: new_call_id("openai_chat"),
+    )
 
 
-def parse_tool_calls(text: str) -> ToolCalls | None:
-    """The calls of a reply, or None if there is none or one of them is malformed."""
-    found = list(_CALL.finditer(text))
-    if not found or text.count(_OPEN) != len(found):
-        return None
-    calls = []
-    for match in found:
-        try:
-            value = json.loads(match[1])
-            function = {"name": value["name"], "arguments": json.dumps(value.get("arguments", {}), ensure_ascii=False)}
-        except (ValueError, TypeError, KeyError):
-            return None
-        if not isinstance(function["name"], str):
-            return None
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-    return ToolCalls(text[: found[0].start()].strip() or None, calls)
+def delta_of(event: Event, number: int | None = None) -> dict[str, Any]:
+    """The fields of a message that an event adds to. `number`: of a call, in a stream."""
+    match event:
+        case TextDelta(text):
+            return {"content": text}
+        case ReasoningDelta(text):
+            return {"reasoning_content": text}
+    call = {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": event.arguments}}
+    return {"tool_calls": [call if number is None else {"index": number, **call}]}
 
 
-def held_back(text: str, stops: Sequence[str], *, tools: bool) -> int:
-    """How many characters at the end of a growing text can't be sent yet: they may be cut off or be a tool call."""
-    marks = [*stops, _OPEN] if tools else list(stops)
-    keep = 0
-    for mark in marks:
-        if (at := text.find(mark)) >= 0:
-            keep = max(keep, len(text) - at)
-        else:
-            keep = max([keep, *(n for n in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:n]))])
-    if tools:  # blanks before a call are dropped with it
-        keep = max(keep, len(text) - len(text[: len(text) - keep].rstrip()))
-    return keep
-
-
-class Detokenizer:
-    """Text of a growing list of tokens; a character that is not complete yet is left out."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._pending: list[int] = []
-        self._context: list[int] = []  # the tokens before, whose neighbours may decode differently without them
-        self.text = ""
-
-    def push(self, token: int) -> str:
-        """All text so far."""
-        self._pending.append(token)
-        before = self._decode(self._context)
-        after = self._decode(self._context + self._pending)
-        if not after.endswith("\ufffd"):
-            self.text += after[len(before) :]
-            self._context, self._pending = self._pending, []
-        return self.text
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+def message_of(events: Iterable[Event]) -> dict[str, Any]:
+    """A whole message; `content` is null where there is nothing but calls."""
+    message: dict[str, Any] = {"role": "assistant", "content": None}
+    for event in events:
+        for name, value in delta_of(event).items():
+            message[name] = message[name] + value if message.get(name) else value
+    if message["content"] is None and "tool_calls" not in message:
+        message["content"] = ""
+    return message

@@ -2,9 +2,9 @@
 
 Design: ``model`` is the base model's name, a ``tinker://`` path, or ``base;path``. Prompts are rendered with the
 model's own chat template. Beyond OpenAI's fields: token ids as a completion prompt, ``echo`` with ``logprobs`` and
-``prompt_logprobs`` (which make this a teacher for on-policy distillation), ``top_k``, ``return_token_ids``, all as
-vLLM spells them. Tool calls are parsed in the Hermes form (``<tool_call>{…}</tool_call>``), and only where the whole
-reply parses; otherwise the text is the answer. What is not served is refused by name, never ignored.
+``prompt_logprobs`` (which make this a teacher for on-policy distillation), ``top_k``, ``return_token_ids``,
+``reasoning_content``, all as vLLM spells them. Reasoning and tool calls are read as the policy server reads them; a call
+that does not parse is text. What is not served is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,11 +23,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from metaclaw_core.engine import protocol
-from metaclaw_core.engine.chat import Detokenizer, held_back, parse_tool_calls, render_chat
+from metaclaw_core.engine.chat import delta_of, message_of, render_chat, reply_reader
 from metaclaw_core.engine.errors import EngineError
 from metaclaw_core.engine.lora import Adapter
 from metaclaw_core.engine.sampling import Sampled, SampleRequest, Sequence_
 from metaclaw_core.engine.service import Engine
+from metaclaw_core.policy.parse import ReplyReader
+from metaclaw_core.wire.answer import Call, Event, TextDelta
 
 _REFUSED = ("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "functions", "audio")
 
@@ -40,10 +42,6 @@ class Job:
     request: SampleRequest
     body: Mapping[str, Any]
     chat: bool
-
-    @property
-    def tools(self) -> bool:
-        return bool(self.body.get("tools"))
 
 
 async def models(engine: Engine, request: Request) -> Response:
@@ -61,12 +59,9 @@ async def chat_completions(engine: Engine, request: Request) -> Response:
     sampled = await _run(engine, job)
     choices = []
     for sequence in sampled.sequences:
-        text = _text(engine, sequence)
-        calls = parse_tool_calls(text) if job.tools else None
-        message: dict[str, Any] = {"role": "assistant", "content": calls.text if calls else text}
-        if calls:
-            message["tool_calls"] = calls.calls
-        choice = {"index": sequence.index, "message": message, "finish_reason": _finish(sequence, bool(calls))}
+        message = message_of(_said(engine, job, sequence))
+        finish = _finish(sequence, "tool_calls" in message)
+        choice = {"index": sequence.index, "message": message, "finish_reason": finish}
         if wants:
             choice["logprobs"] = {"content": [_chat_logprob(engine, sequence, i) for i in range(len(sequence.tokens))]}
         choices.append(_with_ids(choice, job, sequence))
@@ -213,31 +208,33 @@ async def _chunks(engine: Engine, job: Job) -> AsyncIterator[bytes]:
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
         return f"data: {json.dumps({**frame, 'choices': choices, **more})}\n\n".encode()
 
-    def piece(index: int, text: str, finish: str | None = None, calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        delta = {"content": text} | ({"tool_calls": calls} if calls else {})
-        return {"index": index, **({"delta": delta} if job.chat else {"text": text}), "finish_reason": finish}
+    def piece(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        said = {"delta": delta} if job.chat else {"text": delta.get("content", "")}
+        return {"index": index, **said, "finish_reason": finish}
 
-    detokenizers = [Detokenizer(engine.base.tokenizer) for _ in range(job.request.samples)]
-    sent = [""] * job.request.samples
+    readers = [_reader(engine, job) for _ in range(job.request.samples)]
+    calls = [0] * len(readers)
+
+    def pieces(index: int, events: Iterable[Event]) -> Iterator[bytes]:
+        for event in events:
+            yield chunk([piece(index, delta_of(event, calls[index]))])
+            calls[index] += isinstance(event, Call)
+
     if job.chat:
-        yield chunk([{"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for i in range(len(sent))])
+        yield chunk([{"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for i in range(len(readers))])
     try:
         async with aclosing(_events(engine, job, tokens=True)) as events:
             async for event in events:
                 if isinstance(event, tuple):
                     index, token = event
-                    text = detokenizers[index].push(token)
-                    ready = text[: len(text) - held_back(text, job.request.stop_texts, tools=job.tools)]
-                    if len(ready) > len(sent[index]):
-                        new, sent[index] = ready[len(sent[index]) :], ready
-                        yield chunk([piece(index, new)])
+                    for data in pieces(index, readers[index].feed([token])):
+                        yield data
                     continue
                 for sequence in event.sequences:
-                    text = _text(engine, sequence)
-                    calls = parse_tool_calls(text) if job.tools else None
-                    rest = (calls.text or "" if calls else text)[len(sent[sequence.index]) :]
-                    numbered = [{"index": i, **call} for i, call in enumerate(calls.calls)] if calls else None
-                    yield chunk([_with_ids(piece(sequence.index, rest, _finish(sequence, bool(calls)), numbered), job, sequence)])
+                    for data in pieces(sequence.index, readers[sequence.index].finish()):
+                        yield data
+                    finish = _finish(sequence, calls[sequence.index] > 0)
+                    yield chunk([_with_ids(piece(sequence.index, {}, finish), job, sequence)])
                 if (job.body.get("stream_options") or {}).get("include_usage"):
                     yield chunk([], usage=_usage([event]))
     except EngineError as e:
@@ -245,22 +242,24 @@ async def _chunks(engine: Engine, job: Job) -> AsyncIterator[bytes]:
     yield b"data: [DONE]\n\n"
 
 
-def _text(engine: Engine, sequence: Sequence_) -> str:
-    """The reply's text, without end marker and stop string."""
-    text: str = engine.base.tokenizer.decode(_shown(sequence), skip_special_tokens=True)
-    cuts = [at for stop in sequence.request.stop_texts if (at := text.find(stop)) >= 0]
-    return text[: min(cuts)] if cuts else text
+def _reader(engine: Engine, job: Job) -> ReplyReader:
+    request = job.request
+    return reply_reader(
+        engine.base.tokenizer, job.body, request.prompt.tolist(), stop_ids=request.stop_ids, stops=request.stop_texts
+    )
 
 
-def _shown(sequence: Sequence_) -> list[int]:
-    ended = sequence.stop_reason == "stop" and sequence.tokens[-1] in sequence.request.stop_ids
-    return sequence.tokens[:-1] if ended else sequence.tokens
+def _said(engine: Engine, job: Job, sequence: Sequence_) -> list[Event]:
+    """What a reply says, without end marker and stop string."""
+    reader = _reader(engine, job)
+    return [*reader.feed(sequence.tokens), *reader.finish()]
 
 
 def _text_choice(engine: Engine, job: Job, sampled: Sampled, sequence: Sequence_, index: int) -> dict[str, Any]:
     body, prompt = job.body, job.request.prompt.tolist()
     nothing = body.get("max_tokens") == 0
-    text = "" if nothing else _text(engine, sequence)
+    said = [] if nothing else _said(engine, job, sequence)
+    text = "".join(event.text for event in said if isinstance(event, TextDelta))
     if body.get("echo"):
         text = engine.base.tokenizer.decode(prompt, skip_special_tokens=False) + text
     finish = "length" if nothing else _finish(sequence, False)

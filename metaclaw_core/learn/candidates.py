@@ -3,13 +3,19 @@
 Design: one question to the store, oldest first, bounded. The split into support and query sessions goes by the client's own
 session id; a subagent's session is where the session is that it works for, so that one piece of work never lands on both sides.
 
+Tasks are told apart (`placed`) only among the turns of a step: which others were looked at beside them changes from run to run,
+and a step that is done again must be the same.
+
 Limits: the parent of a subagent is found by the human turn they share; where none is known its own id is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, func, select
 
 from metaclaw_core.learn.batch import Sample
 from metaclaw_core.learn.cluster import Clusters
@@ -20,16 +26,23 @@ from metaclaw_core.store.tables import samples, sessions, turns
 _KINDS = ("main", "tool", "subagent")
 
 
-def candidates(store: Store, clusters: Clusters, *, scored: bool, limit: int) -> tuple[list[Sample], Clusters]:
-    """Up to `limit` answers that no step has taken yet, and the task clusters with theirs. `scored` False: also those that no
-    judge has seen (for a teacher alone)."""
-    states = ("scored",) if scored else ("scored", "captured")
+def waiting(store: Store, *, scored: bool) -> tuple[int, int]:
+    """(how many answers no step has taken yet, the newest one's turn; 0: there is none). `scored`: as for `candidates`."""
+    query = select(func.count(), func.max(turns.c.id)).select_from(turns).join(samples, turns.c.flow_id == samples.c.flow_id)
+    with store.reading() as db:
+        count, newest = db.execute(query.where(*_free(scored))).one()
+    return int(count), int(newest or 0)
+
+
+def candidates(store: Store, *, scored: bool, limit: int) -> list[Sample]:
+    """Up to `limit` answers that no step has taken yet, each in a cluster of its own name, "". `scored` False: also those that
+    no judge has seen (for a teacher alone)."""
     query = (
-        select(samples, turns.c.id.label("turn"), turns.c.session, turns.c.turn_id, turns.c.kind, turns.c.agent, turns.c.user_text,
-               turns.c.reward, sessions.c.session_id)
+        select(samples, turns.c.id.label("turn"), turns.c.session, turns.c.turn_id, turns.c.kind, turns.c.agent, turns.c.reward,
+               sessions.c.session_id)
         .join(turns, turns.c.flow_id == samples.c.flow_id)
         .join(sessions, sessions.c.id == turns.c.session)
-        .where(turns.c.state.in_(states), turns.c.kind.in_(_KINDS))
+        .where(*_free(scored))
         .order_by(turns.c.started_at, turns.c.id)
         .limit(limit)
     )  # fmt: skip
@@ -46,7 +59,6 @@ def candidates(store: Store, clusters: Clusters, *, scored: bool, limit: int) ->
         )
     found = []
     for row in rows:
-        cluster, clusters = clusters.place(row.user_text or "")
         kept = row.prompt_ids is not None
         found.append(
             Sample(
@@ -64,8 +76,25 @@ def candidates(store: Store, clusters: Clusters, *, scored: bool, limit: int) ->
                 malformed=row.malformed,
                 redacted=row.redacted,
                 created_at=row.created_at,
-                cluster=cluster,
+                cluster="",
                 agent=f"{row.agent or '?'}/{row.kind}",
             )
         )
+    return found
+
+
+def placed(store: Store, batch: Sequence[Sample], clusters: Clusters) -> tuple[list[Sample], Clusters]:
+    """`batch` with the cluster of each turn's task, and the clusters with theirs."""
+    with store.reading() as db:
+        rows = db.execute(select(turns.c.id, turns.c.user_text).where(turns.c.id.in_([s.turn for s in batch])))
+        texts: dict[int, str | None] = {row.id: row.user_text for row in rows}
+    found = []
+    for sample in batch:
+        cluster, clusters = clusters.place(texts.get(sample.turn) or "")
+        found.append(replace(sample, cluster=cluster))
     return found, clusters
+
+
+def _free(scored: bool) -> tuple[ColumnElement[bool], ...]:
+    states = ("scored",) if scored else ("scored", "captured")
+    return turns.c.state.in_(states), turns.c.kind.in_(_KINDS), turns.c.session.is_not(None)

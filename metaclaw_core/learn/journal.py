@@ -41,6 +41,7 @@ class StepState(StrEnum):
     ABANDONED = "abandoned"  # undone
 
 
+_LEFT = ("rejected", "retired")  # status of versions that nothing is trained on
 OPEN = (StepState.CLAIMED, StepState.SAVED, StepState.PUBLISHED)
 
 
@@ -81,7 +82,9 @@ class InForce:
 # --- versions and routes --------------------------------------------------------------------------
 
 
-def begin(store: Store, base_model: str, state_path: str | None = None, sampler_path: str | None = None) -> Version:
+def begin(
+    store: Store, base_model: str, state_path: str | None = None, sampler_path: str | None = None, expires_at: float | None = None
+) -> Version:
     """The version that training begins with, and a route to it, unless there is one: the base model, or what it is resumed from.
 
     A route of another base model is left: a new first version is made and takes the route, since nothing of the old
@@ -93,7 +96,7 @@ def begin(store: Store, base_model: str, state_path: str | None = None, sampler_
             version = _version(db, current.working)
             if version.base_model == base_model and (state_path is None or _has_state(db, base_model, state_path)):
                 return version
-        row = {"base_model": base_model, "state_path": state_path, "sampler_path": sampler_path, "status": "stable"}
+        row = {"base_model": base_model, "state_path": state_path, "sampler_path": sampler_path, "status": "stable", "expires_at": expires_at}
         made = db.execute(insert(versions).values(created_at=time.time(), **row).returning(versions.c.id)).scalar_one()
         why = "training begins" if state_path is None else f"training goes on from {state_path}"
         _route(db, int(made), int(made), pinned=False, reason=why)
@@ -115,7 +118,7 @@ def in_force(store: Store) -> InForce | None:
 def latest_trained(store: Store, base_model: str) -> Version | None:
     """The newest version with a saved state, served or not: where the next step begins. A rolled back one is not."""
     with store.reading() as db:
-        query = select(versions.c.id).where(versions.c.base_model == base_model, versions.c.status.not_in(("rejected", "retired")))
+        query = select(versions.c.id).where(versions.c.base_model == base_model, versions.c.status.not_in(_LEFT))
         number = db.scalar(query.order_by(versions.c.id.desc()).limit(1))
         return None if number is None else _version(db, int(number))
 
@@ -163,10 +166,16 @@ def _has_state(db: Connection, base_model: str, path: str) -> bool:
 # --- a step ---------------------------------------------------------------------------------------
 
 
-def claim(store: Store, ids: Sequence[int], *, base_version: int, algorithm: str) -> int:
-    """Set `ids` aside for a new step; its number. Raises StoreError, and nothing is claimed, if one is not in state scored."""
+def claim(store: Store, ids: Sequence[int], *, base_version: int, algorithm: str, unjudged: bool = False) -> int:
+    """Set `ids` aside for a new step; its number. Raises StoreError, and nothing is claimed, if one is not in state scored.
+
+    `unjudged`: no judge is there to wait for, so turns may come from state captured as well. They count as scored from then
+    on, without a score.
+    """
     now = time.time()
     with store.transaction() as db:
+        if unjudged:
+            _pass_judge(store, db, ids)
         store.move_in(db, ids, State.SCORED, State.BATCHED)
         row = {"state": StepState.CLAIMED, "base_version": base_version, "algorithm": algorithm, "started_at": now, "updated_at": now}
         step = int(db.execute(insert(steps).values(row).returning(steps.c.id)).scalar_one())
@@ -240,12 +249,16 @@ def published(store: Store, step: int, sampler_path: str, expires_at: float | No
 
 
 def routed(store: Store, step: int, checks: Mapping[str, Json], reason: str) -> InForce:
-    """The step's version serves as the working one, unless the route is pinned by hand."""
+    """The step's version serves as the working one, unless the route is pinned by hand. Where the route has left the
+    version's line meanwhile (a roll-back), it is rejected instead."""
     with store.transaction() as db:
         row = _step(db, step, StepState.PUBLISHED)
         current = _in_force(db)
         if current is None:
             raise StoreError("There is no route that could be moved; `metaclaw train` begins one.")
+        if _version(db, row.base_version).status in _LEFT:
+            _reject(db, row, checks, f"the route went back behind version {row.base_version} meanwhile")
+            return current
         db.execute(update(versions).where(versions.c.id == row.version).values(checks=dict(checks)))
         _set(db, step, StepState.ROUTED)
         return current if current.pinned else _route(db, row.version, current.stable, pinned=False, reason=reason)
@@ -254,15 +267,18 @@ def routed(store: Store, step: int, checks: Mapping[str, Json], reason: str) -> 
 def rejected(store: Store, step: int, checks: Mapping[str, Json], reason: str) -> None:
     """The step's version must not serve, and nothing is trained on it: the next step begins at the version before."""
     with store.transaction() as db:
-        row = _step(db, step, StepState.PUBLISHED)
-        db.execute(update(versions).where(versions.c.id == row.version).values(status="rejected", reason=reason, checks=dict(checks)))
-        _set(db, step, StepState.REJECTED, error=reason)
+        _reject(db, _step(db, step, StepState.SAVED, StepState.PUBLISHED), checks, reason)
 
 
-def expires(store: Store, number: int, at: float | None) -> None:
-    """The weights of a version live until `at`, unix seconds."""
+def _reject(db: Connection, row: Row[Any], checks: Mapping[str, Json], reason: str) -> None:
+    db.execute(update(versions).where(versions.c.id == row.version).values(status="rejected", reason=reason, checks=dict(checks)))
+    _set(db, row.id, StepState.REJECTED, error=reason)
+
+
+def expires(store: Store, number: int, sampler_path: str, at: float | None) -> None:
+    """The weights of a version are at `sampler_path` and live until `at`, unix seconds (None: for good)."""
     with store.transaction() as db:
-        db.execute(update(versions).where(versions.c.id == number).values(expires_at=at))
+        db.execute(update(versions).where(versions.c.id == number).values(sampler_path=sampler_path, expires_at=at))
 
 
 def open_steps(store: Store) -> list[dict[str, Any]]:
@@ -272,9 +288,11 @@ def open_steps(store: Store) -> list[dict[str, Any]]:
         return [dict(row._mapping) for row in rows]
 
 
-def set_aside(store: Store, reasons: Mapping[int, str]) -> None:
-    """Scored turns that can never be trained on leave the queue, each with its reason."""
+def set_aside(store: Store, reasons: Mapping[int, str], *, unjudged: bool = False) -> None:
+    """Scored turns that can never be trained on leave the queue, each with its reason. `unjudged`: as for `claim`."""
     with store.transaction() as db:
+        if unjudged:
+            _pass_judge(store, db, list(reasons))
         for turn, reason in reasons.items():
             store.move_in(db, [turn], State.SCORED, State.SKIPPED, f"training: {reason}")
 
@@ -304,10 +322,15 @@ def _batched(db: Connection, step: int) -> list[int]:
     return list(db.scalars(query.where(step_turns.c.step == step, turns.c.state == str(State.BATCHED)).order_by(turns.c.id)))
 
 
-def _step(db: Connection, step: int, state: StepState) -> Row[Any]:
+def _pass_judge(store: Store, db: Connection, ids: Sequence[int]) -> None:
+    captured = select(turns.c.id).where(turns.c.id.in_(ids), turns.c.state == str(State.CAPTURED))
+    store.move_in(db, list(db.scalars(captured)), State.CAPTURED, State.SCORED)
+
+
+def _step(db: Connection, step: int, *states: StepState) -> Row[Any]:
     row = db.execute(select(steps).where(steps.c.id == step)).first()
-    if row is None or row.state != state:
-        raise StoreError(f"Step {step} is {row.state if row else 'not there'}, not {state}.")
+    if row is None or row.state not in states:
+        raise StoreError(f"Step {step} is {row.state if row else 'not there'}, not {' or '.join(states)}.")
     return row
 
 

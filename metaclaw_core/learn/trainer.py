@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,8 +105,9 @@ class TrainingServer:
         return str(saved.path)
 
     async def save_weights(self, name: str, ttl_seconds: int | None = None) -> str:
-        """Weights to sample from; their path."""
-        saved = await self._wait(self._training.save_weights_for_sampler(name, ttl_seconds=ttl_seconds), f"saving {name}")
+        """Weights to sample from; their path. It ends in letters by chance: such a name can't be used twice."""
+        made = self._training.save_weights_for_sampler(f"{name}-{secrets.token_hex(3)}", ttl_seconds=ttl_seconds)
+        saved = await self._wait(made, f"saving {name}")
         return str(saved.path)
 
     async def keep(self, path: str, ttl_seconds: int | None) -> None:
@@ -161,22 +163,21 @@ class TrainingServer:
         return self._service
 
     def _connect(self) -> tuple[Any, Any]:
-        return tinker.ServiceClient(**self._where), tinker.RestClient(**self._where)
+        # The SDK keeps the connections behind a RestClient for the life of the process, whoever made it: it is never closed.
+        return tinker.ServiceClient(**self._where), self._rest or tinker.RestClient(**self._where)
 
     async def _made(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A client of the service. The SDK's first call waits for the session, which must not hold up the loop."""
         return await (await asyncio.to_thread(make, *args, **kwargs))
 
     async def aclose(self) -> None:
+        """The next call connects anew."""
         self.drop()
         self._samplers.clear()
-        service, rest, self._service, self._rest = self._service, self._rest, None, None
+        service, self._service = self._service, None
         if service is not None:
             with contextlib.suppress(Exception):  # it may be what just broke; the server ends silent sessions by itself
                 await asyncio.wait_for(service.close("success"), 5.0)
-        if rest is not None:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(asyncio.wrap_future(rest.holder.run_coroutine_threadsafe(rest.holder.aclose()).future()), 5.0)
 
     async def _wait(self, future: Any, what: str) -> Any:
         with _named(what):

@@ -7,7 +7,6 @@ closes. Its port is free, and told in the heartbeat.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -44,34 +43,38 @@ async def serve(
 
     if token is not None:
         given.set_result(token)
-    follower = asyncio.ensure_future(until_stdin_closes(stop, take)) if follow_stdin else None
     listener = _listen(port)
-    policy = Policy(load_settings(), private_dir(home()), listener.getsockname()[1])
-    living = asyncio.ensure_future(policy.run())
-    stopping = asyncio.ensure_future(stop.wait())
+    tasks: list[asyncio.Future[Any]] = []
     try:
-        await asyncio.wait((given, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if not given.done():
-            return
-        config = uvicorn.Config(
-            create_app(policy, given.result()), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5
-        )
-        server = uvicorn.Server(config)
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-        if ready is not None:
-            ready(f"http://127.0.0.1:{policy.port}")
-        await asyncio.wait((serving, stopping, living), return_when=asyncio.FIRST_COMPLETED)
-        server.should_exit = True
-        await serving
+        policy = Policy(load_settings(), private_dir(home()), listener.getsockname()[1])
+        living, stopping = asyncio.ensure_future(policy.run()), asyncio.ensure_future(stop.wait())
+        tasks = [living, stopping]
+        if follow_stdin:
+            tasks.append(asyncio.ensure_future(until_stdin_closes(stop, take)))
+        await asyncio.wait((given, stopping, living), return_when=asyncio.FIRST_COMPLETED)
+        if given.done() and not living.done():
+            config = uvicorn.Config(
+                create_app(policy, given.result()),
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+            server = uvicorn.Server(config)
+            serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+            if ready is not None:
+                ready(f"http://127.0.0.1:{policy.port}")
+            await asyncio.wait((serving, stopping, living), return_when=asyncio.FIRST_COMPLETED)
+            server.should_exit = True
+            await serving
         if living.done():
-            living.result()
+            living.result()  # it ends by a bug only
     finally:
         listener.close()
-        for task in (follower, stopping, living):
-            if task is not None:
-                task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await living
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _listen(port: int) -> socket.socket:
@@ -103,12 +106,12 @@ def main() -> None:
     os.umask(0o077)
     quiet_sdk()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    code: int | str = 0
     try:
         asyncio.run(serve(follow_stdin="--follow-stdin" in sys.argv[1:]))
     except MetaClawError as e:
-        code = f"metaclaw policy: {e}"
-    sys.exit(code)
+        sys.exit(f"metaclaw policy: {e}")
+    logging.shutdown()
+    os._exit(0)  # all that matters is closed; the SDK would wait at the exit for a server that may have gone
 
 
 if __name__ == "__main__":

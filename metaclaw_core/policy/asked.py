@@ -18,7 +18,6 @@ from typing import Any
 
 from metaclaw_core.errors import MetaClawError
 from metaclaw_core.model import Json, Request
-from metaclaw_core.policy.sampler import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,17 @@ _LEFT_OUT = (
 
 class RefusedError(MetaClawError):
     """The request asks for what can't be done here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What is asked of the sampler. The defaults are the model's own distribution, which class A needs."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: no limit
+    seed: int | None = None  # None: not repeatable
 
 
 @dataclass(frozen=True, slots=True)

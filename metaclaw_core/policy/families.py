@@ -252,14 +252,22 @@ def family_of(tokenizer: Any) -> Family:
 def marks_of(family: Family, tokenizer: Any) -> dict[int, str]:
     """The special tokens that mean something inside a reply: id → text."""
     marks = {family.open, family.close, *family.marks, *_THINK}
-    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content in marks}
+    return {id: text for id, text in _added(tokenizer).items() if text in marks}
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that are no text."""
+    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _added(tokenizer: Any) -> dict[int, str]:
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
 
 
 def stops_of(family: Family, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a reply: the tokenizer's own, and the ends of a turn that its vocabulary knows."""
     names = family.ends if family is HARMONY else (*family.ends, *_ENDS)
-    known = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
-    found = {known[name] for name in names if name in known}
+    found = {id for id, text in _added(tokenizer).items() if text in names}
     own = tokenizer.eos_token_id
     found |= set(own) if isinstance(own, list | tuple) else {own} if own is not None else set()
     return tuple(sorted(found))

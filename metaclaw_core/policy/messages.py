@@ -13,7 +13,8 @@ Limits: the error flag of a tool result is not said to the model, no template ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class Abilities:
     late_system: bool = True  # and further down
     repeated_user: bool = True  # two user messages in a row
     tools: bool = True  # declarations, calls and results
+    readable: bool = True  # in a form that `families` knows
+    text_arguments: bool = False  # arguments are wanted as JSON text, not as an object
     global_ids: bool = False  # it prints call ids in Kimi's form, ``functions.NAME:NUMBER``
 
 
@@ -86,7 +89,7 @@ def _schema(tool: Tool) -> Json:
     inside: Mapping[str, Json] = inner if isinstance(inner, dict) else raw
     for key in ("parameters", "input_schema", "parametersJsonSchema"):
         if isinstance(inside.get(key), dict):
-            return _lower_types(inside[key]) if key == "parameters" else inside[key]
+            return _lower_types(inside[key]) if inside is raw and kind is None else inside[key]
     if kind not in (None, "function", "custom"):
         return None  # web_search_20250305 and the like: the provider runs them
     return {"type": "object", "properties": {}}
@@ -107,9 +110,14 @@ def _lower_types(schema: Json) -> Json:
 # --- messages ------------------------------------------------------------------------------------
 
 
-def chat_of(messages: Sequence[Message], abilities: Abilities, ours: Mapping[int, Message]) -> Chat:
-    """`ours`: what to put for some of the messages, by index: the reply as we know it."""
-    chat = _Chat(abilities)
+def chat_of(
+    messages: Sequence[Message],
+    abilities: Abilities,
+    ours: Mapping[int, Message],
+    harmless: Callable[[Any], Any] = lambda text: text,
+) -> Chat:
+    """`ours`: what to put for some of the messages, by index: the reply as we know it. `harmless`: done to all other text."""
+    chat = _Chat(abilities, harmless)
     head = 0
     while head < len(messages) and messages[head].role in (Role.SYSTEM, Role.DEVELOPER):
         head += 1
@@ -157,14 +165,16 @@ def _cannot_show(kind: str) -> RenderError:
 class _Chat:
     """Messages in the making."""
 
-    def __init__(self, abilities: Abilities) -> None:
+    def __init__(self, abilities: Abilities, harmless: Callable[[Any], Any]) -> None:
         self.messages: Chat = []
+        self._harmless = harmless
         self._abilities = abilities
         self._in_front = ""  # a system prompt on its way to the first user message
         self._waiting: list[tuple[str | None, str, str]] = []  # calls without a result yet: client's id, ours, name
         self._calls = 0
 
     def system(self, text: str) -> None:
+        text = self._harmless(text)
         if self._abilities.system:
             self.messages.append({"role": "system", "content": text})
         else:
@@ -172,12 +182,12 @@ class _Chat:
 
     def late_system(self, text: str) -> None:
         if self._abilities.late_system:
-            self.messages.append({"role": "system", "content": text})
+            self.messages.append({"role": "system", "content": self._harmless(text)})
         else:
             self.user(text)
 
     def user(self, text: str) -> None:
-        text, self._in_front = self._in_front + text, ""
+        text, self._in_front = self._in_front + self._harmless(text), ""
         before = self.messages[-1] if self.messages else None
         if before is not None and before["role"] == "user" and not self._abilities.repeated_user:
             before["content"] += "\n\n" + text
@@ -185,19 +195,23 @@ class _Chat:
             self.messages.append({"role": "user", "content": text})
 
     def assistant(self, said: Message, shown: Message) -> None:
-        message: dict[str, Any] = {"role": "assistant", "content": text_of(shown)}
+        known = shown is not said
+        message: dict[str, Any] = {"content": text_of(shown)}
         if reasoning := reasoning_of(shown):
             message["reasoning_content"] = reasoning
         calls = []
         for theirs, ours in zip(said.tool_calls, shown.tool_calls, strict=True):
-            id = self._id(ours, known=shown is not said)
+            id = self._id(ours, known=known)
             self._waiting.append((theirs.id, id, ours.name))
-            calls.append({"type": "function", "id": id, "function": {"name": ours.name, "arguments": arguments_of(ours)}})
+            arguments: Any = arguments_of(ours)
+            if self._abilities.text_arguments:
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            calls.append({"type": "function", "id": id, "function": {"name": ours.name, "arguments": arguments}})
         if calls:
             if not self._abilities.tools:
                 raise RenderError("template", NO_TOOLS)
             message["tool_calls"] = calls
-        self.messages.append(message)
+        self.messages.append({"role": "assistant", **(message if known else self._harmless(message))})
 
     def _id(self, call: ToolCall, *, known: bool) -> str:
         number, self._calls = self._calls, self._calls + 1
@@ -206,13 +220,13 @@ class _Chat:
         return call.id if known and call.id else f"functions.{call.name}:{number}"
 
     def result(self, result: ToolResult) -> None:
-        message = {"role": "tool", "content": result.text}
+        message = {"role": "tool", "content": self._harmless(result.text)}
         same = (i for i, (id, _, _) in enumerate(self._waiting) if id and id == result.call_id)
         named = (i for i, (_, _, name) in enumerate(self._waiting) if name == result.name)
         at = next(same, next(named, 0 if self._waiting else None))
         if at is not None:
             _, id, name = self._waiting.pop(at)
-            message |= {"tool_call_id": id, "name": name}
+            message |= {"tool_call_id": id, "name": self._harmless(name)}
         elif result.name:
-            message["name"] = result.name
+            message["name"] = self._harmless(result.name)
         self.messages.append(message)

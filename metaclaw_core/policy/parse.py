@@ -17,10 +17,11 @@ calls, too, as the model wrote it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from metaclaw_core.model import Message, Part, Reasoning, Role, Text, ToolCall
+from metaclaw_core.policy import families
 from metaclaw_core.policy.families import HARMONY, Family, Schemas, Written
 from metaclaw_core.policy.tokens import Detokenizer
 from metaclaw_core.wire.answer import Call, Event, ReasoningDelta, TextDelta
@@ -163,6 +164,15 @@ class Tagged:
             pieces.append(kind(text))
 
 
+class Verbatim:
+    """All of a reply is text."""
+
+    malformed = False
+
+    def feed(self, text: str, *, last: bool = False) -> list[Piece]:
+        return [TextDelta(text)] if text else []
+
+
 class Harmony:
     """gpt-oss: messages with a header that names channel and recipient; the prompt ends with ``<|start|>assistant``."""
 
@@ -225,23 +235,30 @@ class Harmony:
         return bool(mark)
 
 
+def _grammar(family: Family | None, schemas: Schemas | None, *, thinking: bool) -> Grammar:
+    if family is None:
+        return Verbatim()
+    return Harmony(family, schemas) if family is HARMONY else Tagged(family, schemas, thinking=thinking)
+
+
 class ReplyReader:
     """One reply. Feed ids until `stopped` or until no more come, then `finish`; the rest is known after that."""
 
     def __init__(
         self,
         tokenizer: Any,
-        family: Family,
+        family: Family | None,
         *,
-        marks: Mapping[int, str],
-        hidden: Collection[int],
         stop_ids: Collection[int],
         stops: Sequence[str] = (),
         schemas: Schemas | None = None,
         thinking: bool = False,
         call_id: Callable[[Written], str | None],
     ) -> None:
-        """`marks`: special tokens that are shown to the grammar; `hidden`: those that are not shown at all."""
+        """`family`: how the model writes; None: nothing in its text means anything. `stop_ids`, `stops`: what ends the
+        reply. `schemas`: of the tools that may be called, by name; None: marks of calls are text. `thinking`: the prompt
+        ends inside the reasoning. `call_id`: the id for a call; None: it gets "".
+        """
         self.stopped = False
         """A stop id or a stop string was read: nothing more of the reply counts."""
         self.kept = 0
@@ -250,11 +267,11 @@ class ReplyReader:
         """Ids of them that make the answer as the client has it: without those of a stop string."""
         self.stop_sequence: str | None = None
         self.malformed = False
-        self._tokenizer, self._marks, self._hidden = tokenizer, marks, hidden
-        self._stop_ids, self._stops = stop_ids, tuple(stop for stop in stops if stop)
-        self._grammar: Grammar = (
-            Harmony(family, schemas) if family is HARMONY else Tagged(family, schemas, thinking=thinking)
-        )
+        self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
+        self._stops = tuple(stop for stop in stops if stop)
+        self._marks = families.marks_of(family, tokenizer) if family else {}
+        self._hidden = families.special_ids(tokenizer) - self._marks.keys()
+        self._grammar = _grammar(family, schemas, thinking=thinking)
         self._call_id = call_id
         self._detokenizer = Detokenizer(tokenizer)
         self._ids: list[int] = []

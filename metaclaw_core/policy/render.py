@@ -15,17 +15,21 @@ start (`Renderer.problem`) and nothing is reused.
 Reasoning that the client left out is put back only in the tool loop that is going on; earlier turns are as the client
 has them.
 
-Limits: text in the conversation that spells a special token becomes one, as with ``apply_chat_template``. A renderer is
-for one thread at a time; its readers are independent of it.
+Text in the conversation that spells a special token stays text, which is the one difference to what
+``apply_chat_template`` does by default: a web page that a tool read could otherwise speak as the system.
+
+Limits: a renderer is for one thread at a time; its readers are independent of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -37,10 +41,17 @@ from metaclaw_core.policy.families import KIMI, Schemas
 from metaclaw_core.policy.messages import NO_TOOLS, Abilities, Chat, RenderError, chat_of, declared
 from metaclaw_core.policy.parse import ReplyReader, new_call_id
 from metaclaw_core.policy.tokens import Encoder, decode
+from metaclaw_core.wire.answer import Call
 
 __all__ = ["Known", "Prompt", "RenderError", "Renderer", "load_tokenizer", "stop_strings"]
 
 _REPLIES = 2_000  # read and remembered
+_PROBE = "probe_4711"
+_PROBE_SCHEMA = {"type": "object", "properties": {"path": {"type": "string", "description": "A path."}}}
+_PROBE_TOOL: Chat = [
+    {"type": "function", "function": {"name": _PROBE, "description": "Probe.", "parameters": _PROBE_SCHEMA}}
+]
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Known(Protocol):
@@ -56,6 +67,7 @@ class Prompt:
     reused: int  # replies whose sampled ids are in it
     missed: int  # replies that are ours, but not to the letter in what the template makes of them
     trimmed: int  # pairs of call and result, or messages, left out for the context
+    reused_ids: int = 0  # how many of `ids` those replies make
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +98,11 @@ class Renderer:
         self._reasoning = reasoning
         self._encoder = Encoder(tokenizer)
         self.family = families.family_of(tokenizer)
-        self._marks = families.marks_of(self.family, tokenizer)
         self.stop_ids = families.stops_of(self.family, tokenizer)
-        self._hidden = {
-            id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id not in self._marks
-        }
         self.fingerprint = _fingerprint(tokenizer)
-        self._abilities = Abilities()
+        self.abilities = Abilities()
         self._lead = ""  # what the template puts before an answer
+        self._opens_reasoning: dict[Role, bool] = {}  # does a prompt end inside the reasoning, by its last message's role
         self.problem = self._examine()
         """Why no sampled ids can be reused with this template, as a sentence; None: they can."""
         self._replies: OrderedDict[tuple[str, tuple[int, ...]], _Reply | None] = OrderedDict()
@@ -102,41 +111,56 @@ class Renderer:
     # --- what the template can do ----------------------------------------------------------------
 
     def _examine(self) -> str | None:
-        user, answer = {"role": "user", "content": "Are you there?"}, {"role": "assistant", "content": "Yes, I am."}
-        tool: Chat = [{"type": "function", "function": {"name": "probe_4711", "description": "", "parameters": {}}}]
-        system = {"role": "system", "content": "probe_4711"}
+        user: dict[str, Any] = {"role": "user", "content": "Are you there?"}
+        answer: dict[str, Any] = {"role": "assistant", "content": "Yes, I am."}
+        system = {"role": "system", "content": _PROBE}
         prompt = self._text([user], [])  # raises where not even this can be said
-        self._abilities = Abilities(
+        self._lead = prompt[_common(prompt, self._text([user], [], generate=False)) :]
+        self._opens_reasoning = dict.fromkeys((Role.USER, Role.TOOL), _opens_reasoning(prompt))
+        self.abilities = Abilities(
             system=self._shows([system, user], []),
             late_system=self._shows([user, answer, system, user], []),
-            repeated_user=self._shows([user, {**user, "content": "probe_4711"}], []),
-            tools=self._shows([user], tool),
+            repeated_user=self._shows([user, {**user, "content": _PROBE}], []),
+            tools=self._shows([user], _PROBE_TOOL),
             global_ids=self.family is KIMI,
         )
-        bare = self._text([user], [], generate=False)
-        if not prompt.startswith(bare) or prompt == bare:
-            return _no_extension(bare, prompt, "an answer is asked for")
-        self._lead = prompt[len(bare) :]
-        said = answer["content"]
-        histories = [[user, answer, user]]
-        if self._opens_reasoning:  # then an answer begins with it, and many templates keep it in a tool loop only
-            said = answer["reasoning_content"] = "They ask."
-            probe = {"type": "function", "id": "call00000", "function": {"name": "probe_4711", "arguments": {}}}
-            result = {"role": "tool", "content": "Yes.", "name": "probe_4711", "tool_call_id": "call00000"}
-            histories += [[user, {**answer, "tool_calls": [probe]}, result]] * self._abilities.tools
-        for history in histories:
-            after = self._text(history, tool if history[-1] is not user else [])
-            if after.startswith(prompt + said):
-                return None
-        return _no_extension(prompt + said, after, "the answer is part of the history")
+        continues = self.abilities.tools and self._examine_tools(user)
+        if not self._lead:
+            return "The chat template of the policy model puts nothing before an answer, so sampled tokens can't be reused."
+        after = self._text([user, answer, user], [])
+        # Many templates keep reasoning in a tool loop only: then a prompt continues there.
+        return None if continues or after.startswith(prompt) else _no_extension(prompt, after)
 
-    @property
-    def _opens_reasoning(self) -> bool:
-        return self._lead.rstrip().endswith("<think>")
+    def _examine_tools(self, user: dict[str, Any]) -> bool:
+        """Find out how calls are written; does a prompt continue in a tool loop?"""
+        result = {"role": "tool", "content": "Yes.", "name": _PROBE, "tool_call_id": "call00000"}
+        for arguments in ({"path": "a"}, '{"path": "a"}'):
+            function = {"name": _PROBE, "arguments": arguments}
+            calls = [{"type": "function", "id": "call00000", "function": function}]
+            call = {"role": "assistant", "content": "", "reasoning_content": "They ask.", "tool_calls": calls}
+            try:
+                before = self._text([user], _PROBE_TOOL, generate=False)
+                prompt, after = self._text([user], _PROBE_TOOL), self._text([user, call, result], _PROBE_TOOL)
+            except RenderError:
+                continue
+            if "{'path'" not in after and '\\"path' not in after:  # neither as Python nor as a string in JSON
+                break
+        else:
+            self.abilities = replace(self.abilities, tools=False)
+            return False
+        self._opens_reasoning[Role.TOOL] = _opens_reasoning(after)
+        continues = after.startswith(prompt)
+        thinking = continues and _opens_reasoning(prompt)
+        reader = self._reader(_schemas(_PROBE_TOOL), stops=(), call_id=lambda _: None, thinking=thinking)
+        said = after[len(prompt) if continues else _common(before, after) :]
+        events = [*reader.feed(self._encoder.encode(said)), *reader.finish()]
+        readable = any(isinstance(event, Call) and event.name == _PROBE for event in events)
+        self.abilities = replace(self.abilities, text_arguments=isinstance(arguments, str), readable=readable)
+        return continues
 
     def _shows(self, chat: Chat, tools: Chat) -> bool:
         try:
-            return "probe_4711" in self._text(chat, tools)
+            return _PROBE in self._text(chat, tools)
         except RenderError:
             return False
 
@@ -152,8 +176,12 @@ class Renderer:
                 enable_thinking=self._reasoning,
                 thinking=self._reasoning,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as e:
+        except (TemplateError, TypeError, ValueError, LookupError, RecursionError) as e:
             raise RenderError("template", f"The policy model's chat template refuses this conversation: {e}") from e
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JavaScript writes and no tokenizer reads
+            text = _LONE_SURROGATE.sub("\ufffd", text)
         return text
 
     # --- prompts -----------------------------------------------------------------------------------
@@ -161,8 +189,12 @@ class Renderer:
     def render(self, request: Request, known: Known, *, max_tokens: int) -> Prompt:
         """The prompt for the next reply, of at most `max_tokens` tokens. Raises RenderError."""
         tools = declared(request)
-        if tools and not self._abilities.tools:
+        if tools and not self.abilities.tools:
             raise RenderError("template", NO_TOOLS)
+        if tools and not self.abilities.readable:
+            raise RenderError("template", "The policy model writes tool calls in a form that is not known here.")
+        if request.dialect == "anthropic" and request.messages and request.messages[-1].role is Role.ASSISTANT:
+            raise RenderError("unsupported", "The policy model can't continue an answer that the request begins.")
         left_out = self._left_out.setdefault(known, set())
         messages, trimmed = leave_out(request.messages, left_out)
         prompt = self._assemble(messages, tools, known)
@@ -186,8 +218,15 @@ class Renderer:
 
     def _assemble(self, messages: Sequence[Message], tools: Chat, known: Known) -> Prompt:
         replies, missed = self._ours(messages, tools, known) if self.problem is None else ({}, 0)
+        harmless = self._encoder.harmless
+        declarations = harmless(tools)
         while True:
-            text = self._text(chat_of(messages, self._abilities, {i: r.message for i, r in replies.items()}), tools)
+            ours = {i: reply.message for i, reply in replies.items()}
+            try:
+                chat = chat_of(messages, self.abilities, ours, harmless)
+            except RecursionError as e:
+                raise RenderError("unsupported", "The arguments of a call are nested too deeply.") from e
+            text = self._text(chat, declarations)
             spans = self._places(text, replies)
             if len(spans) == len(replies):
                 break
@@ -200,7 +239,7 @@ class Renderer:
             ids += replies[i].ids
             at = end
         ids += self._encoder.encode(text[at:])
-        return Prompt(tuple(ids), len(spans), missed, 0)
+        return Prompt(tuple(ids), len(spans), missed, 0, sum(len(replies[i].ids) for i in spans))
 
     def _ours(self, messages: Sequence[Message], tools: Chat, known: Known) -> tuple[dict[int, _Reply], int]:
         """Our replies among the messages, by index; and how many are ours but came back as something else."""
@@ -229,8 +268,10 @@ class Renderer:
             self._replies.move_to_end((key, ids))
             return self._replies[key, ids]
         found = None
-        for schemas in (_schemas(tools) or {}, None):  # None: marks of a call are text, as where no tools were declared
-            reader = self._reader(schemas, stops=(), call_id=lambda written: written.id)
+        # None: marks of a call are text, as where no tools were declared.
+        for schemas, last in product((_schemas(tools) or {}, None), (Role.USER, Role.TOOL)):
+            thinking = self._opens_reasoning[last]
+            reader = self._reader(schemas, stops=(), call_id=lambda written: written.id, thinking=thinking)
             reader.feed(ids)
             reader.finish()
             if reply_key(reader.message) == key:
@@ -260,20 +301,22 @@ class Renderer:
     def reader(self, request: Request) -> ReplyReader:
         """For the reply to `request`: with its stop strings, and calls only where it declares tools."""
         dialect = request.dialect
+        after_result = bool(request.messages) and request.messages[-1].role is Role.TOOL
         return self._reader(
-            _schemas(declared(request)), stops=stop_strings(request), call_id=lambda _: new_call_id(dialect)
+            _schemas(declared(request)),
+            stops=stop_strings(request),
+            call_id=lambda _: new_call_id(dialect),
+            thinking=self._opens_reasoning[Role.TOOL if after_result else Role.USER],
         )
 
-    def _reader(self, schemas: Schemas | None, *, stops: Sequence[str], call_id: Any) -> ReplyReader:
+    def _reader(self, schemas: Schemas | None, *, stops: Sequence[str], call_id: Any, thinking: bool) -> ReplyReader:
         return ReplyReader(
             self._tokenizer,
             self.family,
-            marks=self._marks,
-            hidden=self._hidden,
             stop_ids=self.stop_ids,
             stops=stops,
             schemas=schemas,
-            thinking=self._opens_reasoning,
+            thinking=thinking,
             call_id=call_id,
         )
 
@@ -293,13 +336,21 @@ def _schemas(tools: Chat) -> Schemas | None:
     return {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools} or None
 
 
-def _no_extension(expected: str, found: str, when: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
-    before = expected[max(0, at - 30) : at]
+def _common(a: str, b: str) -> int:
+    """How many characters at the beginning are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _opens_reasoning(prompt: str) -> bool:
+    return prompt.rstrip().endswith("<think>")
+
+
+def _no_extension(prompt: str, after: str) -> str:
+    at = _common(prompt, after)
     return (
-        f"The chat template of the policy model writes the conversation differently once {when}: after {before!r} "
-        f"come {expected[at : at + 20]!r} first and then {found[at : at + 20]!r}. So a prompt never continues the one "
-        "before, and the sampled tokens of earlier replies can't be reused."
+        "The chat template of the policy model writes a conversation differently once an answer follows: after "
+        f"{prompt[max(0, at - 30) : at]!r} comes {prompt[at : at + 20]!r} first and then {after[at : at + 20]!r}. So a "
+        "prompt never continues the one before, and the sampled tokens of earlier replies can't be reused."
     )
 
 

@@ -26,12 +26,15 @@ import tinker
 from tinker import types
 
 from metaclaw_core.errors import MetaClawError
+from metaclaw_core.policy.asked import Sampling
 
 logger = logging.getLogger(__name__)
 
 FIRST_SEGMENT = 64  # tokens
 LONGEST_SEGMENT = 1024
 CHECK_SECONDS = 5.0  # for a question that costs nothing
+_ANEW = "The connection to the sampler was made anew; ask again."
+CLOSE_SECONDS = 1.0  # the server ends silent sessions by itself
 
 
 class SamplerError(MetaClawError):
@@ -41,17 +44,6 @@ class SamplerError(MetaClawError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """What is asked of the sampler. The defaults are the model's own distribution, which class A needs."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1  # -1: no limit
-    seed: int | None = None  # None: not repeatable
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +72,7 @@ class Sampler:
         self._rest: Any = None
         self._paths: dict[int, str | None] = {}
         self._clients: dict[str | None, asyncio.Task[Any]] = {}  # by path; None: the base model
+        self._told: dict[str | None, str] = {}
 
     async def open(self) -> Model:
         """Connect, or connect anew, and load the tokenizer. Raises SamplerError. Takes as long as the SDK tries."""
@@ -95,23 +88,21 @@ class Sampler:
         return Model(tokenizer, found.max_context_length if found is not None else None)
 
     def _connect(self) -> tuple[Any, Any]:
-        return tinker.ServiceClient(**self._where), tinker.RestClient(**self._where)
+        # The SDK keeps the connections behind a RestClient for the life of the process, whoever made it.
+        return tinker.ServiceClient(**self._where), self._rest or tinker.RestClient(**self._where)
 
     async def close(self) -> None:
         for task in self._clients.values():
             task.cancel()
         self._clients.clear()
-        service, rest, self._service, self._rest = self._service, self._rest, None, None
-        # It may be what just broke. The server ends silent sessions by itself.
+        service, self._service = self._service, None
         if service is not None:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(service.close("success"), CHECK_SECONDS)
-        if rest is not None:
-            with contextlib.suppress(Exception):  # the SDK has no public way to close this one
-                await asyncio.wait_for(asyncio.wrap_future(rest.holder.run_coroutine_threadsafe(rest.holder.aclose()).future()), CHECK_SECONDS)
+            with contextlib.suppress(Exception):  # it may be what just broke
+                await asyncio.wait_for(service.close("success"), CLOSE_SECONDS)
 
     def serve(self, versions: Mapping[int, str | None]) -> None:
-        """From now on these, number → path (None: the base model), and no others. Clients are made in the background."""
+        """From now on these, number → path (None: the base model), and no others. Clients are made in the background; one
+        that could not be made is tried again at each call."""
         self._paths = dict(versions)
         wanted = {*self._paths.values(), None}
         for path in [path for path in self._clients if path not in wanted]:
@@ -141,8 +132,17 @@ class Sampler:
         task = self._clients.get(path)
         if task is None or (task.done() and not self._is_loaded(path)):
             task = self._clients[path] = asyncio.ensure_future(self._make(path))
-            task.add_done_callback(_heard)
+            task.add_done_callback(lambda done: self._heard(path, done))
         return task
+
+    def _heard(self, path: str | None, task: asyncio.Task[Any]) -> None:
+        """Say once what is wrong with a version."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            self._told.pop(path, None)
+        elif self._told.get(path) != str(error):
+            self._told[path] = str(error)
+            logger.warning("%s can't be sampled from: %s: %s", path or self.base_model, type(error).__name__, error)
 
     async def _make(self, path: str | None) -> Any:
         where = {"base_model": self.base_model} if path is None else {"model_path": path}
@@ -153,7 +153,7 @@ class Sampler:
         making = self._client(path)
         await asyncio.wait((making,))  # not `await making`: to be cancelled here must not cancel what others wait for
         if making.cancelled():
-            raise SamplerError("down", "The connection to the sampler was made anew; ask again.")
+            raise SamplerError("down", _ANEW)
         return making.result()
 
     async def check(self) -> None:
@@ -198,7 +198,12 @@ class Sampler:
             seed=None if sampling.seed is None else (sampling.seed + count) % 2**31,
             stop=list(stop_ids),
         )
-        sequence = (await client.sample(types.ModelInput.from_ints(ids), 1, asked)).sequences[0]
+        try:
+            sequence = (await client.sample(types.ModelInput.from_ints(ids), 1, asked)).sequences[0]
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            raise SamplerError("down", _ANEW) from None  # the SDK gave up, not our caller
         tokens, logprobs = tuple(map(int, sequence.tokens)), sequence.logprobs
         if logprobs is None or len(logprobs) != len(tokens):
             given = "none" if logprobs is None else len(logprobs)
@@ -207,11 +212,6 @@ class Sampler:
         if not stopped and not tokens:
             raise SamplerError("engine", "The sampler gave no token and no reason to stop.")
         return Segment(tokens, tuple(map(float, logprobs)), stopped)
-
-
-def _heard(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.warning("A version can't be sampled from now: %s: %s", type(error).__name__, error)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ logger = logging.getLogger("metaclaw.policy")
 
 KEEP_ALIVE_SECONDS = 5.0
 SEGMENT_SECONDS = 300.0  # for one that isn't the first: 1,024 tokens on a slow machine
+SILENCES = 2  # checks in a row that the sampler may fail meanwhile
 _IDS = {"openai_chat": "chatcmpl-", "openai_responses": RESPONSE_ID_PREFIX, "anthropic": "msg_"}
 
 
@@ -263,15 +264,27 @@ class _Answer:
             waiting = asyncio.ensure_future(sampled.next())
             try:
                 async with asyncio.timeout(SEGMENT_SECONDS):
-                    while not (await asyncio.wait((waiting,), timeout=KEEP_ALIVE_SECONDS))[0]:
-                        if request.stream:
-                            await self._sender.piece(writer.keep_alive())
-                waiting.result()
+                    await self._wait_for(waiting, request.stream, writer)
             except TimeoutError:
                 raise SamplerError("timeout", f"No token came within {SEGMENT_SECONDS:g} s.") from None
             finally:
                 waiting.cancel()
                 await asyncio.wait((waiting,))  # it holds the source, which is closed next
+
+    async def _wait_for(self, waiting: asyncio.Future[None], stream: bool, writer: AnswerWriter) -> None:
+        """Until the next segment is there, with signs of life to the client and looks whether the sampler gives any."""
+        silences = 0
+        while not (await asyncio.wait((waiting,), timeout=KEEP_ALIVE_SECONDS))[0]:
+            if stream:
+                await self._sender.piece(writer.keep_alive())
+            try:
+                await self._policy.sampler.check()
+                silences = 0
+            except SamplerError:
+                silences += 1
+                if silences >= SILENCES and not waiting.done():
+                    raise
+        waiting.result()
 
     async def _with_history(self, request: model.Request, asked: _Asked) -> tuple[model.Request, Past | None]:
         """The request with the whole conversation in it, and what of it was not in the body."""
@@ -413,7 +426,7 @@ class _Keeping:
             prompt_ids=sampled.prompt.ids,
             tokens=sampled.kept,
             logprobs=sampled.logprobs,
-            reused=sampled.prompt.reused,
+            reused=sampled.prompt.reused_ids,
             segments=sampled.segments,
             stop_reason="aborted" if broken is not None else sampled.stop_word,
             malformed=broken is None and sampled.reader.malformed,

@@ -43,15 +43,16 @@ _LOADING = "The policy server is connecting to the sampler and loading the token
 class Policy:
     """Made per process. `run` until it is cancelled; everything else may be used meanwhile."""
 
-    def __init__(self, settings: Settings, home: Path, port: int) -> None:
-        """Raises ConfigError or StoreError."""
+    def __init__(self, settings: Settings, home: Path, port: int, sampler: Sampler | None = None) -> None:
+        """`sampler`: None: as the settings say. Raises ConfigError or StoreError."""
         if not settings.rl.model:
             raise ConfigError("rl.model is not set: name the model that is to be trained, as the sampler calls it.")
         self.settings = settings
         self.home = home
         self.port = port
         rl = settings.rl
-        self.sampler = Sampler(rl.model, base_url=rl.tinker_base_url or None, api_key=rl.tinker_api_key or None)
+        where = {"base_url": rl.tinker_base_url or None, "api_key": rl.tinker_api_key or None}
+        self.sampler = sampler or Sampler(rl.model, **where)
         self.memory = Memory(home / "run" / FILE, settings.store.url or home / "store.db")
         self.renderer: Renderer | None = None  # None: not loaded yet
         self.defaults = Defaults()
@@ -136,6 +137,7 @@ class Policy:
         try:
             await asyncio.wait_for(self._failed.wait(), CHECK_SECONDS)
         except TimeoutError:
+            self.sampler.serve(self._paths())  # a version that could not be loaded may be there now
             if time.monotonic() - self._answered_at > CHECK_SECONDS:
                 try:
                     await self.sampler.check()

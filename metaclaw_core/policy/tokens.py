@@ -9,6 +9,9 @@ the whole text each time.
 `Detokenizer` gives the text of a growing list of ids: whatever the pieces, what it gives joins to what the tokenizer
 makes of the whole. A character that is not complete is held back.
 
+What a human, a web page or a tool writes must not end a message or open one of the system's. `Encoder.harmless` puts
+`APART` into every text that spells a special token, and `encode` cuts there, so that it stays a text.
+
 Limits: added tokens that take the white space beside them, or match in normalised text, stay inside their stretch.
 """
 
@@ -16,9 +19,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+APART = "\ufdd0"  # not a character: Unicode leaves it to programs
 _MAX_CHARS = 16_000_000  # of all stretches remembered
 _UNDECIDED = "\ufffd"
 
@@ -36,12 +40,29 @@ class Encoder:
             for id, token in tokenizer.added_tokens_decoder.items()
             if not (token.normalized or token.lstrip or token.rstrip or token.single_word) and token.content
         }
-        longest_first = sorted(self._hard, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._hard else None
+        self._split = re.compile(f"({_any_of(self._hard)})") if self._hard else None
         if self._split and not self._splits_well():
             self._split = None
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}
+        self._spelled = re.compile(_any_of({APART, *special}))
+        self._hints = {APART, *(text[:2] for text in special)}
+
+    def harmless(self, value: Any) -> Any:
+        """A text, or JSON with texts in it, without special tokens: such a text has `APART` after its first character."""
+        if isinstance(value, str):
+            found = any(hint in value for hint in self._hints)  # far quicker than the expression, and mostly there is none
+            return self._spelled.sub(_apart, value) if found else value
+        if isinstance(value, dict):
+            return {self.harmless(key): self.harmless(inner) for key, inner in value.items()}
+        return [self.harmless(inner) for inner in value] if isinstance(value, list) else value
 
     def encode(self, text: str) -> list[int]:
+        """Without `APART`; the text is cut there."""
+        if APART not in text:
+            return self._stretches(text)
+        return [id for part in text.split(APART) for id in self._stretches(part)]
+
+    def _stretches(self, text: str) -> list[int]:
         if self._split is None:
             return self._encode(text)
         ids: list[int] = []
@@ -82,6 +103,21 @@ class Encoder:
         probe = "".join(f"{tokens[i % len(tokens)]}{piece}" for i, piece in enumerate(pieces * 2))
         whole: list[int] = self._tokenizer(probe, add_special_tokens=False)["input_ids"]
         return self.encode(probe) == whole
+
+
+def _any_of(texts: Collection[str]) -> str:
+    """An expression for the longest of these texts. Vocabularies reserve hundreds with the same beginning, so that is
+    compared only once."""
+    groups: dict[str, list[str]] = {}
+    for text in sorted(texts, key=len, reverse=True):
+        groups.setdefault(text[:4], []).append(re.escape(text[4:]))
+    longest_first = sorted(groups.items(), key=lambda group: len(group[0]), reverse=True)
+    return "|".join(f"{re.escape(start)}(?:{'|'.join(rests)})" for start, rests in longest_first)
+
+
+def _apart(match: re.Match[str]) -> str:
+    text = match[0]
+    return _UNDECIDED if text == APART else text[0] + APART + text[1:]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

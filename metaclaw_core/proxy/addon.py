@@ -6,7 +6,7 @@ client's own bytes in place and counts it (`_guard`). `response` and `error` onl
 thread writes. Headers are never changed, content-length and our own ``x-metaclaw`` apart.
 
 A flow read from a capture (`flow.live` False) is recorded and never injected or routed, and reading
-one starts no child process.
+one starts no child process. In rl mode a request may be turned to the policy server (`route`); headers do change then.
 
 A setting that is wrong when mitmproxy starts ends it with one sentence; one that becomes wrong later is
 refused and the last good settings stay in use.
@@ -33,14 +33,16 @@ from metaclaw_core.agents import agents
 from metaclaw_core.agents.base import hints_from_headers
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import MetaClawError
-from metaclaw_core.proxy import capture, options, runtime
+from metaclaw_core.proxy import capture, options, route, runtime
 from metaclaw_core.proxy.contentview import META, LLMView
 from metaclaw_core.proxy.dumps import RedactDumps
+from metaclaw_core.proxy.logs import survive_full_disk
 from metaclaw_core.proxy.rewrite import Rewriter, Rewritten, prior_of
 from metaclaw_core.proxy.runtime import Flight, Runtime
 from metaclaw_core.proxy.service import Service
 from metaclaw_core.proxy.tee import Tee
 from metaclaw_core.proxy.tls import TunnelUntrusting
+from metaclaw_core.routes import FAILED_HEADER
 from metaclaw_core.settings import Settings, home, load_settings
 from metaclaw_core.wire import dialects, find_route, websocket_route
 
@@ -83,8 +85,10 @@ def _guard_async(hook: _AsyncHook) -> _AsyncHook:
 class MetaClaw:
     name = "metaclaw"
 
-    def __init__(self, *, worker: bool = True) -> None:
-        """`worker` False: start no child process, whatever else (for replaying and for tests)."""
+    def __init__(self, *, worker: bool = True, policy: str | None = None) -> None:
+        """`worker` False: start no worker (for replaying and for tests). `policy`: the module that serves the policy in rl
+        mode; None: our own where there is a worker, else none."""
+        self._policy = policy or ("metaclaw_core.policy" if worker else None)
         self.settings: Settings | None = None
         self.home: Path = home()
         self._worker = worker
@@ -92,6 +96,8 @@ class MetaClaw:
         self._rewriter: Rewriter | None = None
         self._service: Service | None = None
         self._view = LLMView()
+        self._begun = False
+        self._starting: Any = None  # the task of `_begin`
 
     # --- life: `load`, `configure` and `running` must be plain functions, or a reload of the script breaks
 
@@ -162,15 +168,21 @@ class MetaClaw:
         return self.settings is not None and self.settings.proxy.redact_dumps
 
     def running(self) -> Any:
+        """Once: when mitmproxy says so, or with a request that comes before. It listens a moment earlier than it says so, and
+        clients that wait for a restart come in that moment."""
+        if not self._begun:
+            self._begun, self._starting = True, self._begin()
+        return self._starting
+
+    def _begin(self) -> Any:
         if self.settings is None:
             return None
+        survive_full_disk()
         try:
             self._runtime = runtime.acquire(self.home)
         except OSError as e:
             logger.warning("metaclaw: %s can't be used (%s): nothing is recorded, traffic goes on.", self.home, e)
             return None
-        if self.settings.mode == "rl":
-            logger.warning("metaclaw: mode rl: a model of your own is not served or trained yet; requests go to their own LLM.")
         dialects()  # loads the plug-ins now, not in the first request
         agents()
         self._runtime.settings = self.settings
@@ -182,7 +194,7 @@ class MetaClaw:
         except MetaClawError as e:
             logger.warning("metaclaw: %s Nothing is injected.", e)
         environment = options.environment(ctx.options)
-        self._service = Service(self._runtime, self, worker=self._worker, environment=environment)
+        self._service = Service(self._runtime, self, worker=self._worker, policy=self._policy, environment=environment)
         try:
             self._service.prepare()
         except Exception as e:  # noqa: BLE001 - whatever is wrong with a skill, an error here would end mitmproxy's start
@@ -211,6 +223,8 @@ class MetaClaw:
 
     @_guard
     def requestheaders(self, flow: http.HTTPFlow) -> None:
+        if not self._begun:
+            self.running()
         if self._runtime is None:
             return
         found = find_route(flow.request.method, flow.request.path)
@@ -254,22 +268,28 @@ class MetaClaw:
         bypassed = (flight.bypass or "").strip().lower() == "off" or self._runtime.bypass
         if bypassed or flow.response is not None or self._rewriter is None:
             self._runtime.counters["bypassed"] += bypassed
+            self._refuse_own_chain(flow, flight)
             return
         began = time.perf_counter()
         outcome = await self._rewritten(flow, flight)
         self._runtime.added.append(time.perf_counter() - began)
         if outcome.identity is not None:
             flight.identity, flight.session = outcome.identity, outcome.session
+        flight.like = outcome.like
         self._runtime.counters[outcome.reason or "injected"] += 1
         if outcome.body is not None:
             flight.injection = outcome.injection
             _assign(flow.request, outcome.body)
         _annotate(flow, outcome)
+        self._route(flow, flight)
+        self._refuse_own_chain(flow, flight)
 
     @_guard
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         flight = self._runtime.flights.get(flow.id) if self._runtime else None
         if flight is None or not flow.live or flow.response is None:
+            return
+        if flight.routed is not None and not self._answered(flight, flight.routed, flow.response):
             return
         # No length: the answer is made as it is sent, whatever its type says. And what is redacted has to be sent before.
         streams = capture.media_type(flow.response) in _STREAM_TYPES or "content-length" not in flow.response.headers
@@ -307,6 +327,67 @@ class MetaClaw:
         index = self._service.index if self._service else None
         return await self._rewriter.rewrite(flight.dialect, body, flow.request.path, flight.hints, flight.principal, index)
 
+    def _route(self, flow: http.HTTPFlow, flight: Flight) -> None:
+        """Mode rl: to the policy server, where it is ready and the session's turn is its."""
+        router, settings, current = self._service.router if self._service else None, self.settings, self._runtime
+        if router is None or settings is None or current is None or flow.response is not None or flight.identity is None:
+            return
+        state = current.sessions.get(flight.session) if flight.session else None
+        before = (state.pin_turn, state.pin_version) if state else None
+        choice = router.choose(flight.identity, flight.session, state, settings.rl)
+        if state is not None and flight.session is not None and before != (state.pin_turn, state.pin_version):
+            current.sessions.put(flight.session, state, current.spool)
+        if isinstance(choice, str) or flight.session is None:
+            current.counters[f"to the upstream: {choice}"] += 1
+            return
+        body = None
+        if "content-encoding" in flow.request.headers:  # nothing was injected
+            body = decode_body(flight.body or b"", flight.encoding, settings.proxy.max_body_mb << 20)[0]
+        origin = route.turn_away(flow, body, choice, token=router.token, principal=flight.principal, session=flight.session)
+        flight.routed = route.Routed(choice, origin, router.breaker)
+        current.counters["to the policy server"] += 1
+        route.annotate(flow, choice)
+
+    def _refuse_own_chain(self, flow: http.HTTPFlow, flight: Flight) -> None:
+        """An upstream doesn't know the answers of our own model: a client that would continue one there is told to try
+        again, and then sends the whole history."""
+        if flight.routed is not None or flow.response is not None or flight.dialect.name != "openai_responses":
+            return
+        if route.continues_ours(flight.body or b"", flight.encoding):
+            if self._runtime is not None:
+                self._runtime.counters["refused: continues an answer of our own model"] += 1
+            message = "The response that this request continues is not known to this model; send the whole conversation."
+            flow.response = _error(503, message, "server_error", "previous_response_not_found", {"retry-after": "1"})
+
+    def _answered(self, flight: Flight, routed: route.Routed, response: http.Response) -> bool:
+        """Whether the policy server answers the turn. If not, its upstream will, at the client's next attempt."""
+        word = response.headers.get(FAILED_HEADER)
+        route.strip(response)
+        if word is None and response.status_code < 400:
+            routed.succeeded()
+            return True
+        self._failed_there(flight, routed, word or f"status {response.status_code}")
+        # Whatever it is, an agent must not take it for its provider's word: after a 401 it would drop its key.
+        response.status_code, response.reason = 503, "Service Unavailable"
+        response.headers["retry-after"] = "1"
+        return False
+
+    def _failed_there(self, flight: Flight, routed: route.Routed, word: str) -> None:
+        if self._runtime is None:
+            return
+        self._runtime.counters[f"the policy server failed: {word}"] += 1
+        state = self._runtime.sessions.get(flight.session) if flight.session else None
+        if routed.failed(word, state) and state is not None and flight.session is not None:
+            self._runtime.sessions.put(flight.session, state, self._runtime.spool)
+
+    def _returned(self, flow: http.HTTPFlow, flight: Flight, routed: route.Routed) -> None:
+        """The end of a routed flow: its request is the client's own again."""
+        route.turn_back(flow, routed.origin)
+        if flow.error is None or routed.failure is not None or route.client_left(flow):
+            routed.withdrawn()
+        else:
+            self._failed_there(flight, routed, "no connection" if flow.response is None else "the answer broke off")
+
     def _websocket(self, flow: http.HTTPFlow) -> None:
         """A WebSocket on an LLM path can't be learned from; 426 makes the client use plain HTTP."""
         if self._runtime is None or self.settings is None:
@@ -325,6 +406,8 @@ class MetaClaw:
         flight = self._runtime.flights.pop(flow.id, None)
         if flight is None:
             return
+        if flight.routed is not None:
+            self._returned(flow, flight, flight.routed)
         answer: bytes | None = None
         if flight.tee is not None:
             answer = flight.tee.body()
@@ -349,13 +432,15 @@ class MetaClaw:
             injection=flight.injection,
             live=flow.live,
         )
-        self._runtime.spool.put(exchange if problem is None else replace(exchange, complete=False, error=problem))
+        if flight.routed is not None:
+            exchange = flight.routed.recorded(exchange)
+        self._runtime.spool.put(exchange if problem is None else replace(exchange, complete=False, error=problem), flight.like)
         self._runtime.counters["exchanges"] += 1
         self._lend(flow, flight, self._runtime)
 
     def _lend(self, flow: http.HTTPFlow, flight: Flight, current: Runtime) -> None:
         """Tell the worker of an API key that worked, or of one that was refused."""
-        if self.settings is None or self._service is None or not _lends_keys(self.settings):
+        if self.settings is None or self._service is None or flight.routed is not None or not _lends_keys(self.settings):
             return
         hosts = self.settings.proxy.hosts
         line = current.callers.seen(flow, flight.dialect.name, flight.principal, flight.identity, hosts)

@@ -15,7 +15,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping
-from hashlib import sha256
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -74,8 +74,12 @@ def credential(request: http.Request, headers: Mapping[str, str]) -> str:
 def principal(request: http.Request, key: bytes, headers: Mapping[str, str] | None = None) -> str:
     """32 hex digits that stand for (upstream origin, credential)."""
     origin = f"{request.scheme}://{request.host.lower()}:{request.port}"
-    secret = credential(request, plain_headers(request) if headers is None else headers)
-    return hmac.new(key, f"{origin}\n{secret}".encode("utf-8", "replace"), sha256).hexdigest()[:32]
+    return _principal(key, origin, credential(request, plain_headers(request) if headers is None else headers))
+
+
+@lru_cache(maxsize=16)  # an HMAC costs more than all else here; credentials stay in memory only
+def _principal(key: bytes, origin: str, secret: str) -> str:
+    return hmac.digest(key, f"{origin}\n{secret}".encode("utf-8", "replace"), "sha256").hex()[:32]
 
 
 def media_type(response: http.Response | None) -> str:

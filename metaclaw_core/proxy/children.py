@@ -1,4 +1,4 @@
-"""Child processes of the proxy: the worker now, more later. Kept alive, never in the way.
+"""Child processes of the proxy: the worker, in rl mode the policy server. Kept alive, never in the way.
 
 Design: a child is ``python -m MODULE``; what it must know and may not find on disk comes as JSON lines
 on its stdin, and it ends when stdin closes, so no orphan survives a killed proxy. A child that ends is
@@ -75,6 +75,11 @@ class Child:
             self._process.stdin.close()
         if self._task is not None and self._process is None:
             self._task.cancel()
+
+    def kill(self) -> None:
+        """End a child that hangs; it is started again."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
 
     def send(self, message: Mapping[str, Any]) -> bool:
         """One JSON line on the child's stdin; False: there is no child now (the next one is greeted). Never logged."""

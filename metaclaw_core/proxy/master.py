@@ -114,6 +114,8 @@ def _configure(master: Master, chosen: StartOptions) -> Settings:
         allow_hosts=hosts.allow_hosts(decrypted_hosts(settings)) if settings.proxy.intercept == "llm" else [],
     )
     _set(master, mitm)
+    if chosen.lean:
+        _check_lean_modes(master.options)
     for host, port in _addresses(master.options):
         _check_loopback(host)
         _check_free(host, port)
@@ -142,10 +144,13 @@ def _set(master: Master, items: Iterable[str]) -> None:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    full = options.Options()
-    DumpMaster(full, with_termlog=False)
+    full, mitmdump = options.Options(), options.Options()
+    DumpMaster(full, with_termlog=False, with_dumper=False)
     if name in full:
         return f"--set {name} needs a part of mitmproxy that the lean proxy leaves out: add --no-lean."
+    DumpMaster(mitmdump, with_termlog=False)
+    if name in mitmdump:
+        return f"--set {name} is about printing flows, which metaclaw start does not: run mitmdump with the addon (`metaclaw addon-path`)."
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else " `mitmdump --options` lists mitmproxy's."
     return f"--set {name}: there is no such option.{hint}"
@@ -171,6 +176,12 @@ def _addresses(opts: options.Options) -> list[tuple[str, int]]:
         if port is not None:
             found.append((mode.listen_host(opts.listen_host), port))
     return found
+
+
+def _check_lean_modes(opts: options.Options) -> None:
+    for text in opts.mode:
+        if isinstance(mode_specs.ProxyMode.parse(text), mode_specs.DnsMode | mode_specs.WireGuardMode):
+            raise ConfigError(f"--set mode={text} needs mitmproxy's DNS resolver, which the lean proxy leaves out: add --no-lean.")
 
 
 def _check_loopback(host: str) -> None:

@@ -9,6 +9,7 @@ configuration file alone; the settings model does the typing. mitmproxy has no f
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from mitmproxy.addonmanager import Loader
 from mitmproxy.options import Options
 
 from metaclaw_core.settings import leaves, typed
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "metaclaw_"
 _SHORT = {
@@ -58,6 +61,16 @@ def environment(options: Options) -> dict[str, str]:
     """The same as variables for a child process, which reads them where it reads the user's."""
     given = {path: raw for name, path in OPTIONS.items() if (raw := getattr(options, name, None)) is not None}
     return {f"METACLAW_{'_'.join(path).upper()}": raw for path, raw in given.items()}
+
+
+def prepare_routing(options: Options) -> None:
+    """In rl mode: no connection to an upstream that isn't asked, and HTTP/1 on both sides, since mitmproxy opens a new
+    connection to an HTTP/1 server for each request of an HTTP/2 client. Where the user has chosen otherwise it stays so."""
+    wanted: dict[str, Any] = {"connection_strategy": "lazy", "http2": False}
+    ours = {name: value for name, value in wanted.items() if not options.has_changed(name)}
+    if ours:
+        options.update(**ours)
+        logger.info("metaclaw: mode rl sets %s.", ", ".join(f"{name}={str(value).lower()}" for name, value in ours.items()))
 
 
 def unknown(options: Options) -> list[str]:

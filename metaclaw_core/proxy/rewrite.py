@@ -13,10 +13,12 @@ the library.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
@@ -24,8 +26,8 @@ from metaclaw_core.agents import identify
 from metaclaw_core.agents.base import Identity, Prior
 from metaclaw_core.errors import SpliceError, WireError
 from metaclaw_core.model import Hints, Injection, Kind, Request, Role
-from metaclaw_core.prefix import Known
-from metaclaw_core.proxy.continuation import Continuations, Seen
+from metaclaw_core.prefix import Likeness
+from metaclaw_core.proxy.recent import Recent
 from metaclaw_core.proxy.sessions import MAX_TEXTS, Sessions, SessionSink, SessionState, session_key
 from metaclaw_core.redact import redact_text
 from metaclaw_core.settings import Settings
@@ -33,7 +35,7 @@ from metaclaw_core.skills.index import Hit, Index
 from metaclaw_core.skills.inject import Block, SkillText, plan
 from metaclaw_core.skills.retrieve import Options, Retriever, create_retriever
 from metaclaw_core.wire import splice
-from metaclaw_core.wire.base import Dialect, Slot
+from metaclaw_core.wire.base import Dialect
 
 _SERVED = (Kind.MAIN, Kind.TOOL, Kind.SUBAGENT)
 _TOUCH_SECONDS = 60.0
@@ -51,6 +53,7 @@ class Rewritten:
     session: str | None = None
     injection: Injection | None = None
     detail: str | None = None  # more about the reason
+    like: Likeness | None = None  # of the client's body to one before it
 
 
 def prior_of(identity: Identity) -> Prior:
@@ -76,8 +79,9 @@ class Rewriter:
                 embedding_api_key=self._skills.embedding_api_key,
             ),
         )
+        self._waits = getattr(self._retriever, "waits", True)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._continuations = Continuations()
+        self._recent = Recent()
         self.patience = RETRIEVAL_SECONDS
         self.note: str | None = None  # why the last retrieval fell back to TF-IDF, or failed
 
@@ -85,46 +89,41 @@ class Rewriter:
         await self._retriever.aclose()
 
     def forget(self) -> None:
-        """Drop the requests that are kept to know their continuations by."""
-        self._continuations = Continuations()
+        """Drop the requests that are kept to read the next ones by."""
+        self._recent = Recent()
 
     async def rewrite(
         self, dialect: Dialect, body: bytes, path: str, hints: Hints, principal: str, index: Index | None
     ) -> Rewritten:
         """`body` is decoded. Never raises for what a client sends."""
-        turn = f"{dialect.name} {principal} {hints.trace_id}" if hints.trace_id else None
-        seen = self._continuations.next_of(turn, body) if turn else None
-        if seen is not None and (state := self._sessions.get(seen.session)) is not None:
-            if not state.block or not self._skills.enabled:
-                self._touch(seen.session, state, seen.messages)
-                return Rewritten(None, "nothing to add", seen.identity, seen.session)
-            if seen.slot is not None:
-                self._touch(seen.session, state, seen.messages)
-                return _injected(body, seen.slot, seen, state)
         try:
-            request = dialect.parse_request(body, path)
+            reading, like = self._recent.read(dialect, body, path, principal)
         except WireError:
             return Rewritten(None, "passed: not a request of its dialect")
+        request = reading.request
         identity = identify(request, hints, self._sessions.prior(principal, request.previous_response_id))
         if identity.kind not in _SERVED:
-            return Rewritten(None, f"side turn: {identity.kind}", identity)
+            return Rewritten(None, f"side turn: {identity.kind}", identity, like=like)
         key = session_key(principal, identity.session_id or _generic_session(request))
-        # One at a time for each session: two first requests side by side must not choose two blocks.
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            state = await self._plan(key, request, identity, index)
-        slot = None
-        adds = bool(state.block) and self._skills.enabled
-        if adds:
-            try:
-                slot = dialect.system_slot(body)
-                if splice.has_block(body, slot):
-                    return Rewritten(None, "passed: injected already", identity, key)
-            except SpliceError as e:
-                return Rewritten(None, "passed: no proven place for a block", identity, key, detail=str(e))
-        seen = Seen(Known(body), identity, key, slot, len(request.messages))
-        if turn and not request.previous_response_id:
-            self._continuations.remember(turn, seen)
-        return _injected(body, slot, seen, state) if slot else Rewritten(None, "nothing to add", identity, key)
+        state = self._sessions.get(key)
+        if state is not None and identity.kind is Kind.TOOL and key not in self._locks:  # nothing is planned within a turn
+            self._touch(key, state, state.messages if request.previous_response_id else len(request.messages))
+        else:
+            # One at a time for each session: two first requests side by side must not choose two blocks.
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                state = await self._plan(key, request, identity, index)
+        self._recent.keep(key, principal, reading)
+        if not state.block or not self._skills.enabled:
+            return Rewritten(None, "nothing to add", identity, key, like=like)
+        try:
+            slot = reading.slot()
+            if splice.has_block(body, slot):
+                return Rewritten(None, "passed: injected already", identity, key)
+            new = splice.insert(body, slot, splice.render_block(state.block))
+        except SpliceError as e:
+            return Rewritten(None, "passed: no proven place for a block", identity, key, detail=str(e))
+        injection = Injection(state.block, tuple(state.skills), state.generation, tuple(state.scores))
+        return Rewritten(new, None, identity, key, injection, like=like)
 
     def _touch(self, key: str, state: SessionState, messages: int) -> None:
         """A request that changes nothing but these two; the file may lag behind by a minute."""
@@ -149,7 +148,7 @@ class Rewriter:
                 texts = list(identity.human_texts) or [identity.user_text]  # a subagent has a task, and no human
             hits = await self._found(texts, index)
             if self._epoch_ended(state, request, identity, index, now):
-                state.epoch, state.block, state.skills, state.appends = state.epoch + 1, "", [], 0
+                state.epoch, state.block, state.skills, state.scores, state.appends = state.epoch + 1, "", [], [], 0
             self._choose(state, request, hits, index)
             state.turn = turn
             if not request.previous_response_id:
@@ -177,7 +176,7 @@ class Rewriter:
     async def _found(self, texts: list[str], index: Index) -> Sequence[Hit]:
         """The skills for these turns; none where the retriever fails, and the session keeps the block it has."""
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.patience) if self._waits else contextlib.nullcontext():
                 found = await self._retriever.retrieve(texts, index, self._skills.top_k)
         except Exception as e:  # noqa: BLE001 - the boundary to retrievers, which needn't be ours
             self.note = f"retrieval failed: {e!r}"
@@ -191,25 +190,17 @@ class Rewriter:
             return SkillText(skill.name, skill.description, skill.body) if skill else None
 
         block = plan(
-            Block(state.block, tuple(state.skills), state.appends),
+            Block(state.block, tuple(state.skills), state.appends, tuple(state.scores)),
             hits,
             lookup,
             top_k=self._skills.top_k,
             max_tokens=self._skills.max_injected_tokens,
-            listed=_LISTED.findall(request.system or ""),
+            listed=_listed(request.system or ""),
         )
         if block.inner != state.block:
             state.block, state.skills, state.appends = block.inner, list(block.skills), block.appends
+            state.scores = list(block.scores)
             state.generation = index.generation
-
-
-def _injected(body: bytes, slot: Slot, seen: Seen, state: SessionState) -> Rewritten:
-    try:
-        new = splice.insert(body, slot, splice.render_block(state.block))
-    except SpliceError as e:
-        return Rewritten(None, "passed: no proven place for a block", seen.identity, seen.session, detail=str(e))
-    injection = Injection(text=state.block, skills=tuple(state.skills), index_generation=state.generation)
-    return Rewritten(new, None, seen.identity, seen.session, injection)
 
 
 def _digest(text: str) -> str:
@@ -219,4 +210,18 @@ def _digest(text: str) -> str:
 def _generic_session(request: Request) -> str:
     """For clients without a session id: the system prompt and the first human message stay the same."""
     first = next((m.text for m in request.messages if m.role is Role.USER), "")
-    return "p-" + _digest(f"{request.system}\n{first}")
+    return _prefix_session(request.system, first)
+
+
+# Both are asked for the same system prompt again and again, which may be large.
+
+
+@lru_cache(maxsize=8)
+def _prefix_session(system: str | None, first: str) -> str:
+    return "p-" + _digest(f"{system}\n{first}")
+
+
+@lru_cache(maxsize=8)
+def _listed(system: str) -> frozenset[str]:
+    """The skills that the client lists itself."""
+    return frozenset(_LISTED.findall(system))

@@ -22,8 +22,10 @@ from mitmproxy import http
 
 from metaclaw_core.agents.base import Identity
 from metaclaw_core.model import Hints, Injection
+from metaclaw_core.prefix import Likeness
 from metaclaw_core.proxy.capture import principal_key
 from metaclaw_core.proxy.credentials import CallerKeys
+from metaclaw_core.proxy.route import Routed
 from metaclaw_core.proxy.sessions import Sessions
 from metaclaw_core.proxy.spool import Spool
 from metaclaw_core.proxy.tee import Tee
@@ -44,10 +46,12 @@ class Flight:
     body: bytes | None = None  # the client's own body as it arrived (encoded as it was); None: not seen yet
     encoding: str = ""  # the body's content-encoding; a rewritten request loses it
     bypass: str | None = None  # the header `x-metaclaw`
+    like: Likeness | None = None  # of the body to one before it
     tee: Tee | None = None
     injection: Injection | None = None
     identity: Identity | None = None
     session: str | None = None  # key of the session state
+    routed: Routed | None = None  # rl mode: to the policy server; None: to its upstream
 
 
 @dataclass(slots=True)

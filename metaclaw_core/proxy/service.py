@@ -1,4 +1,4 @@
-"""What runs beside the hooks of a live proxy: skill index watch, worker child, control socket.
+"""What runs beside the hooks of a live proxy: skill index watch, worker, control socket; in rl mode policy server and route.
 
 Design: started in `running` as a task and stopped synchronously in `done`, so that a reload of the
 script and a shutdown take the same way. It may be stopped before it has quite started, and then starts
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,10 +24,15 @@ from metaclaw_core import __version__
 from metaclaw_core.errors import MetaClawError
 from metaclaw_core.proxy.children import Child
 from metaclaw_core.proxy.control import ControlServer
+from metaclaw_core.proxy.options import prepare_routing
+from metaclaw_core.proxy.route import POLL_SECONDS as ROUTE_SECONDS
+from metaclaw_core.proxy.route import Router, RouteWatcher, base_route
 from metaclaw_core.proxy.runtime import Runtime
+from metaclaw_core.routes import Route
 from metaclaw_core.settings import skills_settings
 from metaclaw_core.skills.index import Index
 from metaclaw_core.skills.library import open_library
+from metaclaw_core.skills.patch import MOST, patched
 
 if TYPE_CHECKING:
     from metaclaw_core.proxy.addon import MetaClaw
@@ -35,12 +41,20 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 _REFUSE_SECONDS = 20.0  # then nobody has ended us, and traffic goes on
-_FIRST_SKILLS = 500  # more would hold up the start; the worker's index has them all
+_SILENT_SECONDS = 15.0  # a policy server that beat twice a second and is silent for so long hangs, and its requests with it
 
 
 class Service:
-    def __init__(self, runtime: Runtime, addon: MetaClaw, *, worker: bool, environment: Mapping[str, str]) -> None:
-        """`environment`: for the children, on top of the proxy's own."""
+    def __init__(
+        self, runtime: Runtime, addon: MetaClaw, *, worker: bool, policy: str | None, environment: Mapping[str, str]
+    ) -> None:
+        """`policy`: the module that answers in rl mode; None: none does. `environment`: for the children, on top of the
+        proxy's own."""
+        self.router: Router | None = None  # None: not rl mode, or no policy server
+        self._policy_module = policy
+        self._environment = environment
+        self._policy: Child | None = None
+        self._route_poll: asyncio.Task[None] | None = None
         self._runtime = runtime
         self._addon = addon
         self._watcher = runtime.watcher
@@ -75,13 +89,13 @@ class Service:
         if self._watcher.current.generation or self._addon.settings is None:
             return
         skills = open_library(skills_settings(self._addon.settings)).skills()
-        for skill in skills[:_FIRST_SKILLS]:
-            self._first.add(skill)
+        self._first = patched(Index(), skills[:MOST]) or self._first  # of a larger library the worker's index has the rest
 
     async def start(self) -> None:
         self._poll = asyncio.ensure_future(self._watch())
         for child in self._children:
             child.start()
+        self._follow_mode()
         handlers = {
             "status": self._status,
             "bypass": self._bypass,
@@ -101,8 +115,46 @@ class Service:
 
     def renew_children(self, environment: Mapping[str, str]) -> None:
         """The settings have changed: the children must read them again."""
+        self._environment = environment
         for child in self._children:
             child.renew(environment)
+        self._follow_mode()
+
+    def _follow_mode(self) -> None:
+        """Have a policy server in rl mode, and none else."""
+        if self._stopped:
+            return
+        settings = self._addon.settings
+        wanted = settings is not None and settings.mode == "rl" and self._policy_module is not None
+        if settings is not None and wanted and not settings.rl.model:
+            logger.warning("metaclaw: mode rl, but rl.model is not set: name the model to be trained. Requests go to their own LLM.")
+            wanted = False
+        if wanted and self._policy is None and self._policy_module is not None:
+            prepare_routing(ctx.options)
+            token = secrets.token_urlsafe(32)
+            self._policy = Child(
+                self._policy_module,
+                self._runtime.home,
+                "--follow-stdin",
+                environment=self._environment,
+                greeting=lambda: [{"token": token}],
+            )
+            self._children.append(self._policy)
+            self.router = Router(RouteWatcher(self._runtime.home, self._policy_pid, self._base_route), token)
+            self._policy.start()
+            self._route_poll = asyncio.ensure_future(self._watch_route(self.router.watcher))
+        elif not wanted and self._policy is not None:
+            self._policy.stop()
+            self._children.remove(self._policy)
+            self._policy = self.router = None
+            if self._route_poll is not None:
+                self._route_poll.cancel()
+
+    def _policy_pid(self) -> int | None:
+        return self._policy.pid if self._policy is not None else None
+
+    def _base_route(self) -> Route | None:
+        return base_route(self._addon.settings.rl) if self._addon.settings else None
 
     def tell_worker(self, message: Mapping[str, Any]) -> None:
         for child in self._children:
@@ -111,8 +163,9 @@ class Service:
 
     def stop(self) -> None:
         self._stopped = True
-        if self._poll is not None:
-            self._poll.cancel()
+        for task in (self._poll, self._route_poll):
+            if task is not None:
+                task.cancel()
         for child in self._children:
             child.stop()
         if self._control is not None:
@@ -130,6 +183,20 @@ class Service:
             if problem and problem != complained:
                 logger.warning("metaclaw: %s. The last good index stays in use.", problem)
             complained = problem
+
+    async def _watch_route(self, watcher: RouteWatcher) -> None:
+        failed = False
+        while True:
+            await asyncio.sleep(ROUTE_SECONDS)
+            try:
+                await asyncio.to_thread(watcher.poll)
+                if watcher.silent_seconds > _SILENT_SECONDS and self._policy is not None:
+                    logger.warning("metaclaw: the policy server hangs; ending it, so that what waits for it goes to its own LLM.")
+                    self._policy.kill()
+            except Exception:  # the boundary: a heartbeat that is not read grows stale, which is safe
+                if not failed:
+                    logger.warning("metaclaw: route or heartbeat can't be read", exc_info=True)
+                failed = True
 
     # --- what can be asked of a running proxy ---------------------------------------------------
 
@@ -154,9 +221,10 @@ class Service:
                 "dropped": runtime.spool.dropped,
                 "last_error": runtime.spool.last_error,
             },
-            "skills": {"count": len(index), "generation": index.generation} if index is not None else None,
+            "skills": {"count": len(index), "generation": self._watcher.current.generation or None} if index is not None else None,
             "skills_problem": self._watcher.problem,
             "retrieval_note": self._addon.retrieval_note,
+            "route": self.router.status() if self.router is not None else None,
             "children": [child.status() for child in self._children],
             "counters": dict(sorted(runtime.counters.items())),
         }

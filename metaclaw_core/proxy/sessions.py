@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -45,6 +46,7 @@ class SessionState:
     epoch: int = 0
     block: str = ""  # the inner text of the injected block; "" if nothing was chosen yet
     skills: list[str] = field(default_factory=list)
+    scores: list[float | None] = field(default_factory=list)  # one a skill; [] in states of an older version
     appends: int = 0  # changes of the block in this epoch after its first choice
     generation: int = 0  # of the skill index the newest part of the block came from
     texts: list[str] = field(default_factory=list)  # the last human texts, redacted, oldest first
@@ -52,11 +54,15 @@ class SessionState:
     mark: str | None = None  # Identity.history_mark at the last plan
     messages: int = 0  # in the last request that carried its history
     used_at: float = 0.0  # unix seconds
+    pin_turn: str | None = None  # rl mode: the human turn whose weights were chosen last (`route.turn_of`)
+    pin_version: int | None = None  # the version that answers it; None: its upstream does
 
 
+_json = lru_cache(maxsize=64)(json.dumps)  # a block is written down at each human turn and hardly ever another
 _FIELDS = tuple(f.name for f in fields(SessionState))
 
 
+@lru_cache(maxsize=256)
 def session_key(principal: str, session: str) -> str:
     """A session is (principal, session id): the same id under another credential is another session."""
     return sha256(f"{principal}\n{session}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -96,7 +102,8 @@ class Sessions:
         self._states.move_to_end(key)
         while len(self._states) > MAX_SESSIONS:
             self._states.popitem(last=False)
-        sink.put_session((key, json.dumps({name: getattr(state, name) for name in _FIELDS}).encode(), state.used_at))
+        small = json.dumps({name: getattr(state, name) for name in _FIELDS if name != "block"})
+        sink.put_session((key, f'{small[:-1]}, "block": {_json(state.block)}}}'.encode(), state.used_at))
 
     def remember_response(self, principal: str, response_id: str, prior: Prior) -> None:
         """For clients that send only what is new (`previous_response_id`)."""

@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 
 from metaclaw_core.model import Exchange
+from metaclaw_core.prefix import Likeness
 from metaclaw_core.proxy.sessions import SessionFile, SessionRow
 from metaclaw_core.store.spool import SpoolError, SpoolWriter
 
@@ -35,6 +36,9 @@ GROUP_ROWS = 64
 MAX_QUEUED_BYTES = 256 << 20
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _ROW_BYTES = 2048  # what a queued row holds beside its bodies, roughly
+
+
+type _Queued = tuple[Exchange, Likeness | None]
 
 
 class Spool:
@@ -48,7 +52,7 @@ class Spool:
         self.dropped = 0  # exchanges lost: the disk refused them for too long, or they could not be written at all
         self.written = 0
         self.last_error: str | None = None
-        self._rows: deque[Exchange] = deque()
+        self._rows: deque[_Queued] = deque()
         self._sessions: dict[str, SessionRow] = {}
         self._queued_bytes = 0
         self._lock = threading.Lock()
@@ -63,8 +67,8 @@ class Spool:
         self._thread = threading.Thread(target=self._run, name="metaclaw-spool", daemon=True)
         self._thread.start()
 
-    def put(self, exchange: Exchange) -> None:
-        """Queue one exchange; returns at once."""
+    def put(self, exchange: Exchange, like: Likeness | None = None) -> None:
+        """Queue one exchange; returns at once. `like`: of its request body to one before it, where that is known."""
         size = _size(exchange)
         with self._lock:
             if self._queued_bytes + size > self._max_bytes and self._rows:
@@ -76,7 +80,7 @@ class Spool:
                         self.last_error or "the disk is too slow",
                     )
                 return
-            self._rows.append(exchange)
+            self._rows.append((exchange, like))
             self._queued_bytes += size
             full = len(self._rows) >= GROUP_ROWS
         self._wake.set()
@@ -150,7 +154,7 @@ class Spool:
         with self._idle:
             self._idle.notify_all()
 
-    def _write_rows(self, rows: Sequence[Exchange]) -> str | None:
+    def _write_rows(self, rows: Sequence[_Queued]) -> str | None:
         """None if they are on disk, or given up for good; else what went wrong, and they stay in the queue."""
         if not rows:
             return None
@@ -159,7 +163,7 @@ class Spool:
                 self._writer.close()  # somebody removed the file: what is written to it now would be lost
                 self._writer = None
             self._writer = self._writer or SpoolWriter(self.path)
-            self._writer.append(rows)
+            self._writer.append([exchange for exchange, _ in rows], [like for _, like in rows])
         except (SpoolError, OSError, sqlite3.Error) as e:
             cause = e.__cause__ if isinstance(e, SpoolError) and e.__cause__ is not None else e
             if isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, (*_ROW_AT_FAULT, sqlite3.OperationalError)):
@@ -172,11 +176,11 @@ class Spool:
         self._done(rows)
         return None
 
-    def _one_by_one(self, rows: Sequence[Exchange], error: Exception) -> str | None:
+    def _one_by_one(self, rows: Sequence[_Queued], error: Exception) -> str | None:
         if len(rows) > 1:
             return next((problem for row in rows if (problem := self._write_rows([row]))), None)
         self.dropped += 1
-        logger.warning("metaclaw: an exchange with %s can't be recorded (%s: %s).", rows[0].host, type(error).__name__, error)
+        logger.warning("metaclaw: an exchange with %s can't be recorded (%s: %s).", rows[0][0].host, type(error).__name__, error)
         self._done(rows)
         return None
 
@@ -208,12 +212,12 @@ class Spool:
                     del self._sessions[row[0]]
         return None
 
-    def _done(self, rows: Sequence[Exchange]) -> None:
+    def _done(self, rows: Sequence[_Queued]) -> None:
         """`rows` are the oldest of the queue."""
         with self._lock:
             for row in rows:
                 self._rows.popleft()
-                self._queued_bytes -= _size(row)
+                self._queued_bytes -= _size(row[0])
             self.written += len(rows)
 
 

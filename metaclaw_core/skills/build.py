@@ -38,7 +38,8 @@ from metaclaw_core.skills.index import (
     head_terms,
 )
 from metaclaw_core.skills.indexfile import VERSION, IndexDamaged, load_index, read_origin, save_index
-from metaclaw_core.skills.library import open_library
+from metaclaw_core.skills.library import Library, open_library
+from metaclaw_core.skills.patch import MARK
 from metaclaw_core.skills.retrieve import Options
 from metaclaw_core.skills.skill import Skill
 
@@ -66,35 +67,66 @@ async def publish(skills: Iterable[Skill], path: Path, *, origin: str = "", embe
     """Brings the index file up to date and returns what it now holds. An unchanged library leaves it alone.
 
     Embedding comes last: where it fails (`EmbeddingError`) the file is there without new vectors, and says so in
-    its origin, so that `needs_build` asks for another try later.
+    its origin, so that `needs_build` asks for another try later. A file that was patched meanwhile knows of more than
+    this build does: it is left as it is, and the next build begins with it.
     """
+    file = _File(path)
     try:
         previous = await asyncio.to_thread(load_index, path)
     except (FileNotFoundError, IndexDamaged):
         previous = Index()
     index = await asyncio.to_thread(build_index, skills, generation=previous.generation + 1)
-    if previous.generation and previous.state.contents == index.state.contents:
+    patched = previous.state.origin.endswith(MARK)
+    if previous.generation and previous.state.contents == index.state.contents and not patched:
         index = previous
     unfinished = origin if embedder is None else f"{origin}!{int(time.time())}"
     if index is not previous or (embedder is None and previous.state.origin != origin):
         index = Index(replace(index.state, origin=unfinished))
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        await asyncio.to_thread(save_index, index, path)
+        if not await asyncio.to_thread(file.replace, index):
+            return load_index(path)
     if embedder is not None:
         try:
             index = await embed_index(index, embedder, known=previous)
         except EmbeddingError:
-            await asyncio.to_thread(save_index, Index(replace(index.state, origin=unfinished)), path)
+            await asyncio.to_thread(file.replace, Index(replace(index.state, origin=unfinished)))
             raise
         if index.state.origin != origin:
             index = Index(replace(index.state, origin=origin))
-            await asyncio.to_thread(save_index, index, path)
+            if not await asyncio.to_thread(file.replace, index):
+                return load_index(path)
     return index
+
+
+class _File:
+    """The index file, replaced only while nobody else has replaced it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._identity()
+
+    def replace(self, index: Index) -> bool:
+        if self._identity() != self._seen:
+            return False
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_index(index, self._path)
+        self._seen = self._identity()
+        return True
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def library_fingerprint(settings: Settings) -> str:
     """Changes when a skill file or a setting changes that the index depends on. One `stat` per skill."""
-    library = open_library(skills_settings(settings))
+    return fingerprint(open_library(skills_settings(settings)), settings)
+
+
+def fingerprint(library: Library, settings: Settings) -> str:
+    """The same for an open library."""
     files = [(str(f), s.st_mtime_ns, s.st_size) for f in library.files() if (s := f.stat())]
     embed = settings.skills.retrieval_mode == "embedding"
     model = [settings.skills.embedding_url, settings.skills.embedding_model] if embed else []

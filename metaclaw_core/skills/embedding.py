@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from metaclaw_core.addresses import ForbiddenAddress, forbidden_url, refuse_forbidden
 from metaclaw_core.errors import ConfigError, MetaClawError
 from metaclaw_core.skills.index import Hit, Index, top
 from metaclaw_core.skills.query import Query
@@ -78,12 +79,15 @@ class HttpEmbedder:
         try:
             async with asyncio.timeout(timeout):
                 body = {"model": self.model, "input": list(texts), "encoding_format": "float"}
-                response = await self._client.post(self._url, json=body, timeout=timeout)
+                trace = {"trace": refuse_forbidden}
+                response = await self._client.post(self._url, json=body, timeout=timeout, extensions=trace)
                 response.raise_for_status()
                 rows = sorted(response.json()["data"], key=lambda row: int(row["index"]))
                 return unit_rows([row["embedding"] for row in rows], len(texts))
         except TimeoutError as e:
             raise EmbeddingError(f"{self._url} gave no vectors within {timeout:g} s.") from e
+        except ForbiddenAddress as e:
+            raise EmbeddingError(f"{self._url} gave no vectors: {e}") from e
         except httpx.HTTPError as e:
             raise EmbeddingError(f"{self._url} gave no vectors ({type(e).__name__}: {e}).") from e
         except (ValueError, KeyError, TypeError) as e:
@@ -162,6 +166,8 @@ def create_embedder(options: Options) -> Embedder:
     if not options.embedding_model:
         raise ConfigError("skills.retrieval_mode is 'embedding' but skills.embedding_model is not set.")
     if options.embedding_url:
+        if (problem := forbidden_url(options.embedding_url)) is not None:
+            raise ConfigError(f"skills.embedding_url = {options.embedding_url} is {problem}.")
         return HttpEmbedder(options.embedding_url, options.embedding_model, options.embedding_api_key)
     return ProcessEmbedder(options.embedding_model)
 

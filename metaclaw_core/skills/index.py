@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -80,16 +80,15 @@ class Field:
     def add_scores(self, terms: Mapping[str, float], out: NDArray[np.float32]) -> None:
         """Adds every skill's score for `terms` to `out`, (skills,)."""
         vocabulary = self.vocabulary
-        known = [(t, weight) for term, weight in terms.items() if (t := vocabulary.get(term)) is not None]
-        if not known:
-            return
-        at = np.array([t for t, _ in known])
-        first, last = self.starts[at], self.starts[at + 1]
-        having = last - first
-        weights = np.log1p((len(out) - having + 0.5) / (having + 0.5)) * np.array([w for _, w in known])
-        docs, parts = self.docs, self.parts
-        for a, b, weight in zip(first.tolist(), last.tolist(), weights.tolist(), strict=True):
-            out[docs[a:b]] += parts[a:b] * weight  # a skill occurs once per term, so no sum is lost
+        starts, docs, parts, skills = self.starts, self.docs, self.parts, len(out)
+        for term, weight in terms.items():
+            t = vocabulary.get(term)
+            if t is None:
+                continue
+            first, last = starts[t : t + 2].tolist()
+            having = last - first
+            idf = math.log1p((skills - having + 0.5) / (having + 0.5))
+            out[docs[first:last]] += parts[first:last] * (idf * weight)  # a skill occurs once per term, so no sum is lost
 
     def best_weights(self, skills: int) -> NDArray[np.float64]:
         """The weight of each skill's heaviest term, (skills,); 0 for one without terms."""
@@ -231,40 +230,34 @@ class Index:
 
         Some milliseconds at a thousand skills. Without a vector until the index is embedded anew.
         """
-        with self._writing:
-            state = self._state
-            if skill.name in state.positions:
-                state = _without(state, skill.name)
-            at = len(state.names)
-            vectors = state.vectors
-            if vectors is not None:
-                vectors = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
-            grown = replace(
-                state,
-                generation=self._state.generation + 1,
-                names=(*state.names, skill.name),
-                positions={**state.positions, skill.name: at},
-                contents=(*state.contents, encode(skill)),
-                categories=(*state.categories, skill.category),
-                head=state.head.with_doc(at, head_terms(skill), HEAD),
-                body=state.body.with_doc(at, body_terms(skill), BODY),
-                vectors=vectors,
-            )
-            self._state = calibrated(grown)
-        return self
+        return self.change((skill,))
 
     def remove(self, name: str) -> Index:
         """Takes a skill out and returns this index; an unknown name changes nothing."""
+        return self.change((), (name,))
+
+    def change(self, added: Iterable[Skill], removed: Iterable[str] = ()) -> Index:
+        """`remove` and `add` for many in one generation; without any change it stays the same."""
         with self._writing:
-            if name in self._state.positions:
-                shrunk = replace(_without(self._state, name), generation=self._state.generation + 1)
-                self._state = calibrated(shrunk)
+            state = self._state
+            for name in removed:
+                if name in state.positions:
+                    state = _without(state, name)
+            for skill in added:
+                state = _with(state, skill)
+            if state is not self._state:
+                self._state = calibrated(replace(state, generation=self._state.generation + 1))
         return self
+
+
+_FEW = 200  # skills; so many are sorted faster than numpy is called
 
 
 def top(scores: NDArray[np.float32], k: int) -> list[int]:
     """Positions of the `k` best scores above zero, best first, equal ones by position."""
     n = len(scores)
+    if n <= _FEW:
+        return [i for _, i in sorted((-score, i) for i, score in enumerate(scores.tolist()) if score > 0)[:k]]
     best: NDArray[np.intp] = np.argpartition(scores, n - k)[n - k :] if k < n else np.arange(n)
     best = best[np.lexsort((best, -scores[best]))]
     return [int(i) for i in best if scores[i] > 0]
@@ -307,6 +300,25 @@ def _scores(state: State, query: Query) -> NDArray[np.float32]:
     for text, weight in spoken:
         total += single[text] * weight
     return total
+
+
+def _with(state: State, skill: Skill) -> State:
+    if skill.name in state.positions:
+        state = _without(state, skill.name)
+    at = len(state.names)
+    vectors = state.vectors
+    if vectors is not None:
+        vectors = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
+    return replace(
+        state,
+        names=(*state.names, skill.name),
+        positions={**state.positions, skill.name: at},
+        contents=(*state.contents, encode(skill)),
+        categories=(*state.categories, skill.category),
+        head=state.head.with_doc(at, head_terms(skill), HEAD),
+        body=state.body.with_doc(at, body_terms(skill), BODY),
+        vectors=vectors,
+    )
 
 
 def _without(state: State, name: str) -> State:

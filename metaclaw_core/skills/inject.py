@@ -34,6 +34,7 @@ class Block:
     inner: str = ""
     skills: tuple[str, ...] = ()
     appends: int = 0
+    scores: tuple[float | None, ...] = ()  # one a skill, of the turn it was chosen for; None: a block from before they were kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def plan(
     first = not block.inner
     budget = max_tokens // 2 if first else max_tokens
     inner = block.inner or _HEAD
-    chosen: list[str] = []
+    chosen: list[Hit] = []
     for hit in hits:
         if hit.score < RELATIVE_CUT * hits[0].score or len(block.skills) + len(chosen) >= top_k:
             break
@@ -91,7 +92,13 @@ def plan(
         if estimate_tokens(longer) > (max_tokens if first and not chosen else budget):
             continue
         inner = longer
-        chosen.append(hit.name)
+        chosen.append(hit)
     if not chosen:
         return block
-    return Block(inner, (*block.skills, *chosen), block.appends + (0 if first else 1))
+    known = block.scores if len(block.scores) == len(block.skills) else (None,) * len(block.skills)
+    return Block(
+        inner,
+        (*block.skills, *(hit.name for hit in chosen)),
+        block.appends + (0 if first else 1),
+        (*known, *(round(hit.score, 3) for hit in chosen)),
+    )

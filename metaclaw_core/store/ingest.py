@@ -147,6 +147,7 @@ class Ingest:
             "extra": self._put_blob(_lean(metadata=dict(request.metadata), extra=dict(request.extra)) or None),
             "user_text": identity.user_text,
             "injected": list(reading.injected.skills) if reading.injected else None,
+            "injected_scores": list(reading.injected.scores) or None if reading.injected else None,
             "injection": self._put_blob(reading.injected.text if reading.injected else None),
             "index_generation": reading.injected.index_generation if reading.injected else None,
             "retry": identity.retry or repeats,
@@ -351,6 +352,7 @@ def _exchange_columns(reading: Reading) -> dict[str, Any]:
         "started_at": exchange.started_at,
         "duration_ms": exchange.duration_ms,
         "live": exchange.live,
+        "version": exchange.version,
     }
 
 

@@ -45,8 +45,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 
 from metaclaw_core.errors import StoreError
+from metaclaw_core.store import samplefile
 from metaclaw_core.store.queries import MANY
 from metaclaw_core.store.rollouts import Store
+from metaclaw_core.store.spool import make_whole
 from metaclaw_core.store.tables import (
     blobs,
     evolve_cursors,
@@ -278,6 +280,7 @@ def purge_spools(folder: Path, found: Found) -> list[str]:
     for path in sorted(folder.glob("*.db")):
         try:
             with _opened(path) as database:
+                make_whole(database)
                 rows = [row[0] for row in database.execute("SELECT id, head, request_body, response_body FROM exchanges") if _in_spool(row, found)]
                 database.executemany("DELETE FROM exchanges WHERE id = ?", [(row_id,) for row_id in rows])
                 problems += _rewrite(database, str(path))
@@ -326,6 +329,26 @@ def _is_gone(key: str, value: bytes, used_at: float, found: Found) -> bool:
     except (ValueError, AttributeError):
         return True  # nobody can read it, the proxy neither
     return name in found.names or (name is None and found.generated)
+
+
+def purge_policy_file(path: Path, found: Found) -> list[str]:
+    """What the policy server remembers. Of a client that names no session any may be meant: then all memory goes, which
+    costs those sessions that their replies are tokenised anew."""
+    if not path.exists():
+        return []
+    try:
+        with _opened(path) as database:
+            samplefile.forget(
+                database,
+                sessions=found.keys | found.names,
+                flows=found.words,
+                before=found.selection.before,
+                memory=found.generated,
+                everything=found.selection.everything,
+            )
+            return list(_rewrite(database, str(path)))
+    except (sqlite3.Error, OSError) as e:
+        return [f"{path} can't be read ({e}), so it may hold what should be forgotten: stop the proxy and remove it."]
 
 
 def purge_logs(folder: Path, found: Found) -> list[str]:

@@ -12,6 +12,7 @@ then still tells that it is the same.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from metaclaw_core.store.chain import pack_message, redact_message
 from metaclaw_core.store.spool import NOT_STORED
 from metaclaw_core.wire import by_name
 from metaclaw_core.wire.base import Dialect
+from metaclaw_core.wire.beside import without_beside
 from metaclaw_core.wire.jsonio import dumps
 from metaclaw_core.wire.splice import remove
 
@@ -43,6 +45,7 @@ class Injected:
     text: str
     skills: tuple[str, ...]  # () where a capture's block names none
     index_generation: int | None  # None: read out of a capture
+    scores: tuple[float | None, ...] = ()  # one a skill; () where they are not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,13 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
         response_problem = f"response body: {e}"
 
     live = exchange.injection
-    injected = Injected(live.text, live.skills, live.index_generation) if live else None
+    injected = Injected(live.text, live.skills, live.index_generation, live.scores) if live else None
     request: Request | None = None
     try:
         dialect = by_name(exchange.dialect)
     except WireError as e:
         return Reading(exchange, content_key(exchange, body, answer), None, None, str(e), exchange.error, injected)
-    body, removed = without_block(dialect, body)
+    body, removed = without_block(dialect, body, exchange.path)
     injected = injected or removed
     key = content_key(exchange, body, answer)
     if not body and exchange.error is not None and exchange.error.startswith(NOT_STORED):
@@ -160,18 +163,21 @@ def _is_stream(media_type: str, request: Request | None, answer: bytes) -> bool:
     return media_type == "text/event-stream" and not start.startswith(b"{")
 
 
-def without_block(dialect: Dialect, body: bytes) -> tuple[bytes, Injected | None]:
+def without_block(dialect: Dialect, body: bytes, path: str) -> tuple[bytes, Injected | None]:
     """The client's own body, and what we had added to it (a capture holds the body as it was sent)."""
-    if _SEAL not in body:
+    texts: list[str] = []
+    if _SEAL in body:
+        with contextlib.suppress(SpliceError):
+            if removed := remove(body, dialect.system_slot(body)):
+                body = removed[0]
+                texts.append(removed[1])
+    if _SEAL in body:
+        body, beside = without_beside(dialect, body, path)
+        texts += beside
+    if not texts:
         return body, None
-    try:
-        removed = remove(body, dialect.system_slot(body))
-    except SpliceError:
-        return body, None
-    if removed is None:
-        return body, None
-    original, text = removed
-    return original, Injected(text, tuple(_SKILL_HEADING.findall(text)), None)
+    text = "\n\n".join(texts)
+    return body, Injected(text, tuple(_SKILL_HEADING.findall(text)), None)
 
 
 def content_key(exchange: Exchange, body: bytes, answer: bytes) -> str:

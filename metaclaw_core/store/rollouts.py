@@ -33,6 +33,7 @@ from metaclaw_core.store.types import plain
 from metaclaw_core.store.verify import VerifyReport, verify
 
 _PAGE = 500
+_CLOCK_SECONDS = 60.0  # how far the clocks of machines that share a database may be apart
 _WITH_SESSION = select(turns, sessions.c.session_id, sessions.c.session_key).outerjoin(
     sessions, sessions.c.id == turns.c.session
 )
@@ -113,15 +114,13 @@ class Store:
             if value is not None
         ]
         if session is not None:
-            name = plain(session)  # as ingest stores it: long ones are cut, what no column takes is replaced
-            wanted.append(or_(sessions.c.session_id == name, sessions.c.id == name))
+            wanted.append(turns.c.session.in_(self._session_keys(session)))
         if since is not None:
             wanted.append(turns.c.started_at >= since)
         query = _WITH_SESSION
         if limit is not None:
             newest = (
                 select(turns.c.id)
-                .outerjoin(sessions, sessions.c.id == turns.c.session)
                 .where(*wanted)
                 .order_by(turns.c.started_at.desc(), turns.c.id.desc())
                 .limit(limit)
@@ -143,6 +142,13 @@ class Store:
             at, last = found[-1].started_at, found[-1].id
             after = or_(turns.c.started_at > at, and_(turns.c.started_at == at, turns.c.id > last))
             page = query.where(after)
+
+    def _session_keys(self, name: str) -> Sequence[str]:
+        """The keys of the sessions called `name`, one a principal. First apart: one statement over both tables would go
+        through all turns by time, whatever session they are of."""
+        named = plain(name)  # as ingest stores it: long ones are cut, what no column takes is replaced
+        with self._read() as connection:
+            return connection.scalars(select(sessions.c.id).where(or_(sessions.c.session_id == named, sessions.c.id == named))).all()
 
     def sessions(self, *, principal: str | None = None) -> Iterator[dict[str, Any]]:
         """Sessions, oldest first, each with its number of turns and how many of each kind."""
@@ -197,7 +203,7 @@ class Store:
     def claim(self, state: State | str, owner: str, limit: int, lease_s: float) -> list[dict[str, Any]]:
         """Up to `limit` turns in `state` that nobody works on, oldest first; `owner`'s for `lease_s` seconds."""
         now = self._clock()
-        free = or_(turns.c.claimed_by.is_(None), turns.c.claim_expires_at < now)
+        free = or_(turns.c.claimed_by.is_(None), turns.c.claim_expires_at < now, turns.c.claim_expires_at > now + lease_s + _CLOCK_SECONDS)
         with self._write() as connection:
             ids = connection.scalars(
                 select(turns.c.id)
@@ -282,7 +288,8 @@ class Store:
     # --- leases -------------------------------------------------------------------------------
 
     def acquire_lease(self, name: str, owner: str, ttl_s: float) -> bool:
-        """Make `owner` the holder of `name` for `ttl_s` seconds, unless another holds it. Also renews one's own."""
+        """Make `owner` the holder of `name` for `ttl_s` seconds, unless another holds it. Also renews one's own. A lease that
+        lasts longer than anybody is given was taken while the clock was ahead, and holds up nobody."""
         now = self._clock()
         with self._write() as connection:
             insert = upsert(connection.dialect.name, leases).values(name=name, owner=owner, expires_at=now + ttl_s)
@@ -290,7 +297,7 @@ class Store:
                 insert.on_conflict_do_update(
                     index_elements=["name"],
                     set_={"owner": owner, "expires_at": now + ttl_s},
-                    where=or_(leases.c.owner == owner, leases.c.expires_at < now),
+                    where=or_(leases.c.owner == owner, leases.c.expires_at < now, leases.c.expires_at > now + ttl_s + _CLOCK_SECONDS),
                 ).returning(leases.c.owner)
             ).first()
         return taken is not None

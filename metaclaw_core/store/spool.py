@@ -3,8 +3,9 @@
 Design: the proxy only appends and the worker only reads and deletes, so the two never wait for each
 other longer than a commit. WAL with synchronous=NORMAL: a committed row survives `kill -9` of either
 process (not a power cut). A row is the `Exchange` itself: its bodies as blobs, all else as one JSON
-text, so that a new field needs no migration. Secrets are replaced in `append`, before the commit; a
-body that can't be searched is not stored: it fails closed.
+text, so that a new field needs no migration. Of a large request body it holds what differs from a *base*, a
+body that stands in a table of its own as long as a row needs it (see ``store.bases``). Secrets are replaced in
+`append`, before the commit; a body that can't be searched is not stored: it fails closed.
 
 Ownership is a `flock` on a file beside the database, held for the life of the writer: the kernel drops
 it when the process dies, it works across containers, and a reused pid can't be mistaken for the owner.
@@ -22,10 +23,10 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
-from itertools import batched, chain
+from dataclasses import replace
+from itertools import batched, chain, zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,17 +36,21 @@ import zstandard
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import MetaClawError, StoreError
 from metaclaw_core.model import Exchange, Hints, Injection, Json
-from metaclaw_core.redact import Redactor, redact, redact_answer, redact_path, redact_text
+from metaclaw_core.prefix import Likeness
+from metaclaw_core.redact import redact, redact_answer, redact_path, redact_text
+from metaclaw_core.store.bases import Bases, Delta
 from metaclaw_core.wire.jsonio import dumps, loads_object
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1: without bases
 NOT_STORED = "bodies not stored: "  # begins `Exchange.error` where a body could not be searched for secrets
 MAX_BATCH_BYTES = 64 * 1024 * 1024
 _ROWS_A_STATEMENT = 64
 _BODIES = ("request_body", "response_body")
 _HEAD = tuple(f.name for f in dataclass_fields(Exchange) if f.name not in _BODIES)
+_HINTS = tuple(f.name for f in dataclass_fields(Hints))
+_INJECTION = tuple(f.name for f in dataclass_fields(Injection))
 _ZIP_FROM = 4096  # bytes
 _ZIP = zstandard.ZstdCompressor(level=-5)  # fastest: the row lives for seconds
 _SCHEMA = """
@@ -55,7 +60,13 @@ CREATE TABLE IF NOT EXISTS exchanges (
     head TEXT NOT NULL,                    -- every field but the bodies, ASCII JSON
     request_body BLOB NOT NULL,
     response_body BLOB NOT NULL,
-    set_aside TEXT                         -- why the worker could not take this row; NULL: it waits
+    set_aside TEXT,                        -- why the worker could not take this row; NULL: it waits
+    base INTEGER                           -- of which the request body is a difference; NULL: of none
+);
+CREATE TABLE IF NOT EXISTS bases (
+    id INTEGER PRIMARY KEY,
+    body BLOB NOT NULL,                    -- zstd
+    block TEXT                             -- the text that was injected with it
 );
 """
 
@@ -67,7 +78,7 @@ class SpoolError(StoreError):
 # --- redaction --------------------------------------------------------------------------------
 
 
-type Search = Callable[[bytes], tuple[bytes, int]]  # `redact.redact` or `Redactor.redact`
+type Search = Callable[[bytes], tuple[bytes, int]]  # as `redact.redact`
 
 
 def redacted(exchange: Exchange, search: Search = redact) -> Exchange:
@@ -79,9 +90,18 @@ def redacted(exchange: Exchange, search: Search = redact) -> Exchange:
     try:
         request, request_encoding = _redacted_body(exchange.request_body, exchange.request_encoding, search)
         response, response_encoding = _redacted_body(exchange.response_body, exchange.response_encoding, redact_answer)
+        path = redact_path(exchange.path)
+        if (
+            request is exchange.request_body
+            and response is exchange.response_body
+            and path == exchange.path
+            and exchange.error is None
+            and (request_encoding, response_encoding) == (exchange.request_encoding, exchange.response_encoding)
+        ):
+            return exchange  # the usual case: a copy costs more than the search
         return replace(
             exchange,
-            path=redact_path(exchange.path),
+            path=path,
             request_body=request,
             request_encoding=request_encoding,
             response_body=response,
@@ -112,40 +132,97 @@ def _redacted_body(data: bytes, encoding: str, search: Search) -> tuple[bytes, s
 # --- rows -------------------------------------------------------------------------------------
 
 
+type Row = tuple[str, bytes, bytes, int | None]  # head, request body, response body, base: as they are stored
+
+
 def head_of(exchange: Exchange, **more: Json) -> str:
-    """Every field but the bodies, as ASCII JSON."""
+    """Every field but the bodies, as ASCII JSON; `more` stands beside them or in place of one."""
     head = {name: getattr(exchange, name) for name in _HEAD}
     hints, injection = exchange.hints, exchange.injection
-    head["hints"] = asdict(hints)
-    head["injection"] = injection and asdict(injection)
+    head["hints"] = {name: getattr(hints, name) for name in _HINTS}  # `asdict` would copy each value, and be half the cost
+    head["injection"] = injection and {name: getattr(injection, name) for name in _INJECTION}
     return dumps(head | more)
 
 
-def row_of(exchange: Exchange) -> tuple[str, bytes, bytes]:
-    """(head, request body, response body) as they are stored: large bodies are compressed, for writing megabytes
-    of history that barely changes costs more than compressing it."""
-    zipped = [name for name in _BODIES if len(getattr(exchange, name)) >= _ZIP_FROM]
-    bodies = [_ZIP.compress(body) if name in zipped else body for name in _BODIES for body in (getattr(exchange, name),)]
-    return head_of(exchange, zipped=zipped), bodies[0], bodies[1]
+def row_of(exchange: Exchange, delta: Delta | None = None) -> Row:
+    """Large bodies are compressed, for writing megabytes costs more than that. `delta`: what the request body is, else
+    it is written whole."""
+    request, response = exchange.request_body, exchange.response_body
+    more: dict[str, Json] = {}
+    if delta is not None:
+        request, more["delta"] = delta.between, [delta.prefix, delta.suffix]
+        injection = exchange.injection
+        if injection is not None and injection.text == delta.base.block:
+            more["injection"] = {name: getattr(injection, name) for name in _INJECTION} | {"text": None}
+    zipped: list[Json] = []
+    if len(request) >= _ZIP_FROM:
+        request = _ZIP.compress(request)
+        zipped.append("request_body")
+    if len(response) >= _ZIP_FROM:
+        response = _ZIP.compress(response)
+        zipped.append("response_body")
+    return head_of(exchange, zipped=zipped, **more), request, response, delta.base.id if delta else None
 
 
-def exchange_of(head: str, request_body: bytes, response_body: bytes) -> Exchange:
-    """The reverse of `head_of`. Raises WireError, TypeError or KeyError for what is no exchange."""
+def exchange_of(head: str, request_body: bytes, response_body: bytes, base: tuple[bytes, str | None] | None = None) -> Exchange:
+    """The reverse of `row_of`; `base`: its body and block. Raises WireError, ValueError, TypeError or KeyError for what
+    is no exchange."""
     fields = loads_object(head, "spool row")
     zipped = fields.pop("zipped", ())
     if "request_body" in zipped:
         request_body = zstandard.decompress(request_body)
     if "response_body" in zipped:
         response_body = zstandard.decompress(response_body)
+    delta = fields.pop("delta", None)
+    if delta is not None:
+        if base is None:
+            raise ValueError("its base is missing")
+        prefix, suffix = delta
+        if prefix + suffix > len(base[0]):
+            raise ValueError("its base is too short")
+        request_body = base[0][:prefix] + request_body + base[0][len(base[0]) - suffix :]
     injection = fields.pop("injection", None)
     if injection is not None:
-        injection = Injection(**{**injection, "skills": tuple(injection["skills"])})
+        if injection["text"] is None and base is not None:
+            injection["text"] = base[1]
+        lists = {"skills": tuple(injection["skills"]), "scores": tuple(injection.get("scores", ()))}
+        injection = Injection(**{**injection, **lists})
     return Exchange(
         **{**fields, "hints": Hints(**fields["hints"])},
         injection=injection,
         request_body=request_body,
         response_body=response_body,
     )
+
+
+def make_whole(database: sqlite3.Connection) -> None:
+    """Every row without a base, and no base: what is deleted then is gone. In a transaction of its own.
+
+    A row whose base is damaged can't be read any more. Raises sqlite3.Error.
+    """
+    if not database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'bases'").fetchone():
+        return
+    database.execute("BEGIN IMMEDIATE")  # a row that comes meanwhile would have lost its base
+    bases = {base_id: (body, block) for base_id, body, block in database.execute("SELECT id, body, block FROM bases")}
+    rows = database.execute("SELECT id, head, request_body, response_body, base FROM exchanges WHERE base IS NOT NULL")
+    for row_id, head, request, response, base_id in rows.fetchall():
+        try:
+            whole = row_of(exchange_of(head, request, response, _base(bases, base_id)))
+        except (MetaClawError, *_NO_EXCHANGE) as e:
+            logger.warning("metaclaw: row %d of a spool has lost its request body: %s", row_id, e)
+            whole = (head, request, response, None)
+        values = "head = ?, request_body = ?, response_body = ?, base = ?"
+        database.execute(f"UPDATE exchanges SET {values} WHERE id = ?", (*whole, row_id))  # noqa: S608
+    database.execute("DELETE FROM bases")
+    database.execute("COMMIT")
+
+
+_NO_EXCHANGE = (KeyError, TypeError, ValueError, zstandard.ZstdError)
+
+
+def _base(bases: Mapping[int, tuple[bytes, str | None]], base_id: int | None) -> tuple[bytes, str | None] | None:
+    found = None if base_id is None else bases.get(base_id)
+    return found and (zstandard.decompress(found[0]), found[1])
 
 
 # --- the file ---------------------------------------------------------------------------------
@@ -213,7 +290,6 @@ class SpoolWriter(_Spool):
     """
 
     def __init__(self, path: Path) -> None:
-        self._redactor = Redactor()
         with _typed(path, "opened"), contextlib.ExitStack() as undo:
             create_private(path)
             self._lock = _lock(path)
@@ -229,6 +305,10 @@ class SpoolWriter(_Spool):
             # The worker's deletes check-point the log, off the proxy's path; 64 MiB is for a proxy without one.
             connection.execute("PRAGMA wal_autocheckpoint=16384")
             connection.executescript(_SCHEMA)
+            if "base" not in {row[1] for row in connection.execute("PRAGMA table_info(exchanges)")}:  # of format 1
+                connection.execute("ALTER TABLE exchanges ADD COLUMN base INTEGER")
+            last = "SELECT max((SELECT coalesce(max(id), 0) FROM bases), (SELECT coalesce(max(base), 0) FROM exchanges))"
+            self._bases = Bases(1 + connection.execute(last).fetchone()[0])
             owner = {"format": FORMAT, "pid": os.getpid(), "started_at": time.time()}
             with self._transaction():
                 connection.executemany(
@@ -242,20 +322,52 @@ class SpoolWriter(_Spool):
             os.close(self._lock)
             self._lock = None
 
-    def _search(self, exchange: Exchange) -> Search:
-        caller = f"{exchange.dialect} {exchange.principal}"
-        return lambda data: self._redactor.redact(data, f"{caller} {exchange.hints.trace_id}", caller)
+    def append(self, exchanges: Sequence[Exchange], likes: Sequence[Likeness | None] = ()) -> None:
+        """All of them in one transaction, redacted. Raises SpoolError, and then none is stored.
 
-    def append(self, exchanges: Sequence[Exchange]) -> None:
-        """All of them in one transaction, redacted. Raises SpoolError, and then none is stored."""
-        rows = [row_of(redacted(exchange, self._search(exchange))) for exchange in exchanges]
-        with _typed(self.path, "written"), self._transaction():
-            for group in batched(rows, _ROWS_A_STATEMENT):
-                # One statement, not `executemany`: each step gives the interpreter away, and beside a busy event
-                # loop the writer waits for milliseconds to get it back.
-                places = ", ".join(["(?, ?, ?)"] * len(group))
-                values = list(chain.from_iterable(group))
-                self._db.execute(f"INSERT INTO exchanges (head, request_body, response_body) VALUES {places}", values)  # noqa: S608
+        `likes`: where it is known, of each request body to one before it; spares a comparison.
+        """
+        try:
+            rows = [self._row(exchange, like) for exchange, like in zip_longest(exchanges, likes)]
+            with _typed(self.path, "written"), self._transaction():
+                if missing := self._missing(rows):
+                    self._bases.forget(missing)
+                    rows = [self._row(exchange) for exchange in exchanges]
+                bases = [(base_id, _ZIP.compress(body), block) for base_id, body, block in self._bases.unwritten]
+                self._insert("bases (id, body, block)", bases)
+                self._insert("exchanges (head, request_body, response_body, base)", rows)
+        finally:
+            self._bases.unwritten.clear()  # if they are not on disk now, the next row that needs one will notice
+
+    def _row(self, exchange: Exchange, like: Likeness | None = None) -> Row:
+        deltas: list[Delta] = []
+
+        def search(body: bytes) -> tuple[bytes, int]:
+            block = exchange.injection.text if exchange.injection else None
+            clean, delta = self._bases.delta(body, f"{exchange.dialect} {exchange.principal}", block, like)
+            if delta is not None:
+                deltas.append(delta)
+            return clean, int(clean is not body)
+
+        clean = redacted(exchange, search)
+        # An encoded body is stored as it came, if it holds no secret; and one that failed the search has none.
+        whole = clean.request_encoding or clean.error != exchange.error or not deltas
+        return row_of(clean, None if whole else deltas[0])
+
+    def _missing(self, rows: Sequence[Row]) -> set[int]:
+        """The bases of `rows` that are neither on disk nor about to be."""
+        needed = {row[3] for row in rows if row[3] is not None} - {unwritten[0] for unwritten in self._bases.unwritten}
+        if not needed:
+            return set()
+        places = ", ".join("?" * len(needed))
+        return needed - {row[0] for row in self._db.execute(f"SELECT id FROM bases WHERE id IN ({places})", [*needed])}  # noqa: S608
+
+    def _insert(self, into: str, rows: Sequence[tuple[object, ...]]) -> None:
+        for group in batched(rows, _ROWS_A_STATEMENT):
+            # One statement, not `executemany`: each step gives the interpreter away, and beside a busy event
+            # loop the writer waits for milliseconds to get it back.
+            places = ", ".join([f"({', '.join('?' * len(group[0]))})"] * len(group))
+            self._db.execute(f"INSERT INTO {into} VALUES {places}", list(chain.from_iterable(group)))  # noqa: S608
 
 
 class SpoolReader(_Spool):
@@ -271,6 +383,7 @@ class SpoolReader(_Spool):
                 raise SpoolError(
                     f"The spool {path} was written by a newer MetaClaw (format {found}); upgrade this one."
                 )
+            self._base_column = "base" if found > 1 else "NULL"
             undo.pop_all()
 
     def batch(self, limit: int, max_bytes: int = MAX_BATCH_BYTES) -> list[tuple[int, Exchange]]:
@@ -278,17 +391,23 @@ class SpoolReader(_Spool):
         out: list[tuple[int, Exchange]] = []
         bad: dict[int, str] = {}
         size = 0
+        base: tuple[int | None, tuple[bytes, str | None] | None] = (None, None)  # the last one that was needed
         with _typed(self.path, "read"):
             cursor = self._db.execute(
-                "SELECT id, head, request_body, response_body FROM exchanges WHERE set_aside IS NULL ORDER BY id LIMIT ?",
+                f"SELECT id, head, request_body, response_body, {self._base_column} FROM exchanges"  # noqa: S608
+                " WHERE set_aside IS NULL ORDER BY id LIMIT ?",
                 (limit,),
             )
-            for row_id, head, request_body, response_body in cursor:
+            for row_id, head, request_body, response_body, base_id in cursor:
                 try:
-                    out.append((row_id, exchange_of(head, request_body, response_body)))
-                except (MetaClawError, KeyError, TypeError, ValueError) as e:
+                    if base_id != base[0]:
+                        base = (base_id, self._base(base_id))
+                    exchange = exchange_of(head, request_body, response_body, base[1])
+                except (MetaClawError, *_NO_EXCHANGE) as e:
                     bad[row_id] = f"not an exchange: {e}"
-                size += len(request_body) + len(response_body)
+                    continue
+                out.append((row_id, exchange))
+                size += len(exchange.request_body) + len(exchange.response_body)
                 if size >= max_bytes:
                     break
             cursor.close()
@@ -296,11 +415,19 @@ class SpoolReader(_Spool):
             self.set_aside(row_id, reason)
         return out if out or not bad else self.batch(limit, max_bytes)
 
+    def _base(self, base_id: int | None) -> tuple[bytes, str | None] | None:
+        if base_id is None:
+            return None
+        return _base({row[0]: row[1:] for row in self._db.execute("SELECT id, body, block FROM bases WHERE id = ?", (base_id,))}, base_id)
+
     def delete(self, row_ids: Sequence[int]) -> None:
-        """Forget rows that the store has committed. Once nothing waits, freed pages go back to the file system."""
+        """Forget rows that the store has committed, and bases that no row needs any more. Once nothing waits, freed pages
+        go back to the file system."""
         with _typed(self.path, "written"):
             with self._transaction():
                 self._db.executemany("DELETE FROM exchanges WHERE id = ?", [(i,) for i in row_ids])
+                if self._base_column == "base":
+                    self._db.execute("DELETE FROM bases WHERE id NOT IN (SELECT base FROM exchanges WHERE base IS NOT NULL)")
             if self._db.execute("SELECT 1 FROM exchanges LIMIT 1").fetchone() is None:
                 self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
@@ -338,16 +465,6 @@ def _lock(path: Path) -> int | None:
             if os.path.samestat(os.fstat(descriptor), lock_path.stat()):
                 return descriptor
         os.close(descriptor)
-
-
-def has_owner(path: Path) -> bool:
-    """Does a living process write to this spool?"""
-    with _typed(path, "examined"):
-        descriptor = _lock(path)
-    if descriptor is None:
-        return True
-    os.close(descriptor)
-    return False
 
 
 def remove_if_done(path: Path) -> bool:

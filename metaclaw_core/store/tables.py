@@ -124,6 +124,7 @@ turns = Table(
     Column("status_code", Integer),
     Column("error", SafeText),
     Column("injected", JsonText),  # names of skills; NULL: nothing was injected, [] : names unknown
+    Column("injected_scores", JsonText),  # the retriever's, one for each name when it was chosen; NULL: not known
     Column("injection", Text),  # blob: the injected text
     Column("index_generation", BigInteger),
     Column("state", Text, nullable=False),

@@ -24,11 +24,25 @@ _MAX_PROBLEMS = 100
 class VerifyReport:
     messages: int  # examined
     turns: int
-    problems: tuple[str, ...]  # sentences, at most 100
+    problems: tuple[str, ...]  # sentences, the first 100
+    found: int  # problems in all
+
+
+class _Problems:
+    """Keeps the first ones and counts them all."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+        self.count = 0
+
+    def append(self, problem: str) -> None:
+        self.count += 1
+        if self.count <= _MAX_PROBLEMS:
+            self.kept.append(problem)
 
 
 def verify(connection: Connection) -> VerifyReport:
-    problems: list[str] = []
+    problems = _Problems()
     examined = 0
     raw = type_coerce(messages.c.content, LargeBinary).label("content")  # unpacked here, so that damage has a name
     every = select(messages.c.id, messages.c.parent, messages.c.role, raw)
@@ -56,7 +70,8 @@ def verify(connection: Connection) -> VerifyReport:
         .outerjoin(parent, parent.c.id == messages.c.parent)
         .where(messages.c.parent.is_not(None), parent.c.id.is_(None))
     )
-    problems += [f"message {row.id} follows {row.parent}, which is missing" for row in connection.execute(orphans)]
+    for row in connection.execute(orphans):
+        problems.append(f"message {row.id} follows {row.parent}, which is missing")
     for table, names in (
         (messages, ("system_tip", "prompt_tip", "response_tip")),
         (blobs, ("tools", "extra", "injection")),
@@ -68,6 +83,7 @@ def verify(connection: Connection) -> VerifyReport:
                 .outerjoin(table, table.c.id == column)
                 .where(column.is_not(None), table.c.id.is_(None))
             )
-            problems += [f"turn {row.id}: its {name} {row.missing} is missing" for row in connection.execute(lost)]
+            for row in connection.execute(lost):
+                problems.append(f"turn {row.id}: its {name} {row.missing} is missing")
     counted = connection.scalar(select(func.count()).select_from(turns)) or 0
-    return VerifyReport(examined, counted, tuple(problems[:_MAX_PROBLEMS]))
+    return VerifyReport(examined, counted, tuple(problems.kept), problems.count)

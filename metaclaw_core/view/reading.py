@@ -156,6 +156,7 @@ class Since:
     turn: int  # row id of the request that had it first
     at: float
     said: str | None  # what the human said then: what the skills were searched with
+    score: float | None  # the retriever's, then; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +207,13 @@ def _since(db: Connection, row: dict[str, Any]) -> tuple[Since, ...]:
         .limit(_SINCE_ROWS)
     ).all()
     first: dict[str, Since] = {}
+    scores = dict(zip(row["injected"], row["injected_scores"] or (), strict=False))
     open_ = list(dict.fromkeys(row["injected"]))
     for step in earlier:
         open_ = [name for name in open_ if name in step.injected]
         if not open_:
             break
-        first |= {name: Since(name, step.id, step.started_at, step.user_text) for name in open_}
+        first |= {name: Since(name, step.id, step.started_at, step.user_text, scores.get(name)) for name in open_}
     return tuple(first[name] for name in dict.fromkeys(row["injected"]) if name in first)
 
 

@@ -12,12 +12,12 @@ The proxy calls `dialects()` once when it starts, so that no request waits for i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from metaclaw_core import plugins
 from metaclaw_core.errors import WireError
 from metaclaw_core.wire.base import Dialect, Route
 
@@ -29,29 +29,11 @@ BUILT_IN = tuple(
 
 DIALECTS: tuple[Dialect, ...]  # = dialects(), made by __getattr__
 
-_log = logging.getLogger(__name__)
-
 
 def load(found: Iterable[EntryPoint]) -> tuple[Dialect, ...]:
     """The built-ins, then the dialects among `found` that have a name of their own, in their order."""
-    own = {point.name: point.value for point in BUILT_IN}
-    loaded: dict[str, Dialect] = {point.name: point.load() for point in BUILT_IN}
-    for point in found:
-        if own.get(point.name) == point.value:
-            continue  # a built-in, declared by our own distribution
-        if point.name in loaded:
-            _log.warning("dialect %s (%s) is ignored: the name is taken", point.name, point.value)
-            continue
-        try:
-            dialect: Any = point.load()
-        except Exception:  # noqa: BLE001 - the boundary to code that is not ours
-            _log.exception("dialect %s (%s) can't be loaded and is ignored", point.name, point.value)
-            continue
-        if getattr(dialect, "name", None) != point.name:
-            _log.warning("dialect %s (%s) is ignored: it does not call itself so", point.name, point.value)
-            continue
-        loaded[point.name] = dialect
-    return tuple(loaded.values())
+    ours, theirs = plugins.load("dialect", BUILT_IN, found)
+    return (*ours.values(), *theirs.values())
 
 
 @cache

@@ -37,7 +37,8 @@ from metaclaw_core.model import (
     Usage,
 )
 from metaclaw_core.wire import jsonio
-from metaclaw_core.wire.base import Dialect, Route, Slot, StreamParser, rest
+from metaclaw_core.wire.answer_anthropic import ANSWERS
+from metaclaw_core.wire.base import Dialect, Items, Route, Slot, StreamParser, rest
 from metaclaw_core.wire.fields import (
     MAX_ERROR_MESSAGE,
     as_object,
@@ -73,6 +74,9 @@ _STOP: Final = {
 
 class Anthropic:
     name = "anthropic"
+    answers = ANSWERS
+    history = "messages"
+    runs = False
 
     def route(self, method: str, path: str) -> Route | None:
         if method == "POST" and path.partition("?")[0].endswith("/v1/messages"):
@@ -80,7 +84,9 @@ class Anthropic:
         return None
 
     def parse_request(self, body: bytes, path: str) -> Request:
-        obj = jsonio.loads_object(body, "request body")
+        return self.read_request(jsonio.loads_object(body, "request body"), path)
+
+    def read_request(self, obj: dict[str, Json], path: str) -> Request:
         messages: list[Message] = []
         system = _parts(obj.get("system"), "system")
         if system:
@@ -98,6 +104,9 @@ class Anthropic:
             metadata=optional(obj, "metadata", dict, "body") or {},
             extra=rest(obj, _REQUEST),
         )
+
+    def read_items(self, items: list[Json]) -> Items:
+        return [tuple(_messages(item, f"messages[{i}]")) for i, item in enumerate(items)]
 
     def parse_response(self, body: bytes) -> Response:
         obj = jsonio.loads_object(body, "response body")

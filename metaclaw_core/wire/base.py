@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from metaclaw_core.model import ApiError, Json, Request, Response
+from metaclaw_core.model import ApiError, Json, Message, Request, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,10 @@ class StreamParser(Protocol):
 
 
 class Dialect(Protocol):
-    """One wire format. `name` is the module's name and is what the store keeps."""
+    """One wire format. `name` is the module's name and is what the store keeps.
+
+    One that can also answer has a further attribute, `answers` (`wire.answer.Answers`).
+    """
 
     name: str
 
@@ -74,6 +77,27 @@ class Dialect(Protocol):
 
     def system_slot(self, body: bytes) -> Slot:
         """Where text can be appended to the system prompt. Raises SpliceError: the body then passes unchanged."""
+
+
+type Items = list[tuple[Message, ...] | None]
+"""What each item of a history becomes; None: it belongs to the message that an item before it began."""
+
+
+class HasHistory(Dialect, Protocol):
+    """What a dialect offers beyond `Dialect` so that ``wire.reread`` need not read a known history again.
+
+    The messages of a request are what the rest of the body gives (a system prompt of its own) followed by those of the
+    items, and each item's depend on that item alone; where `runs`, neighbouring items of the assistant are one message.
+    """
+
+    history: str  # the top-level key under which the items are
+    runs: bool
+
+    def read_request(self, obj: dict[str, Json], path: str) -> Request:
+        """`parse_request` of a decoded body; `obj` is not changed. Raises WireError."""
+
+    def read_items(self, items: list[Json]) -> Items:
+        """As many as `items`. Raises WireError."""
 
 
 def rest(obj: Mapping[str, Json], known: Iterable[str]) -> dict[str, Json]:

@@ -43,7 +43,8 @@ from metaclaw_core.model import (
     Usage,
 )
 from metaclaw_core.wire import jsonio
-from metaclaw_core.wire.base import Dialect, Route, Slot, StreamParser, rest
+from metaclaw_core.wire.answer_gemini import ANSWERS
+from metaclaw_core.wire.base import Dialect, Items, Route, Slot, StreamParser, rest
 from metaclaw_core.wire.fields import MAX_ERROR_MESSAGE, as_object, count, optional, plain_error, stream_object
 from metaclaw_core.wire.json_array import ObjectSplitter
 from metaclaw_core.wire.splice import slot_gemini
@@ -92,6 +93,9 @@ _STOP: Final = {
 
 class Gemini:
     name = "gemini"
+    answers = ANSWERS
+    history = "contents"
+    runs = False
 
     def route(self, method: str, path: str) -> Route | None:
         if method != "POST" or "enerateContent" not in path:
@@ -102,10 +106,13 @@ class Gemini:
         return Route(self.name, model=unquote(match[1]), stream=match[2] == "streamGenerateContent")
 
     def parse_request(self, body: bytes, path: str) -> Request:
+        return self.read_request(jsonio.loads_object(body, "request body"), path)
+
+    def read_request(self, obj: dict[str, Json], path: str) -> Request:
         route = self.route("POST", path)
         if route is None:
             raise WireError("the path is not one of generateContent or streamGenerateContent")
-        obj = _camel(jsonio.loads_object(body, "request body"))
+        obj = _camel(obj)
         messages: list[Message] = []
         system = optional(obj, "systemInstruction", dict, "body")
         if system is not None:
@@ -127,6 +134,9 @@ class Gemini:
             sampling=config if choice is None else {**config, "toolConfig": choice},
             extra=rest(obj, _REQUEST),
         )
+
+    def read_items(self, items: list[Json]) -> Items:
+        return [tuple(_messages(as_object(item, f"contents[{i}]"), f"contents[{i}]")) for i, item in enumerate(items)]
 
     def parse_response(self, body: bytes) -> Response:
         obj = jsonio.loads_object(body, "response body")

@@ -37,7 +37,8 @@ from metaclaw_core.model import (
     Usage,
 )
 from metaclaw_core.wire import jsonio
-from metaclaw_core.wire.base import Dialect, Route, Slot, StreamParser, rest
+from metaclaw_core.wire.answer_ollama import ANSWERS
+from metaclaw_core.wire.base import Dialect, Items, Route, Slot, StreamParser, rest
 from metaclaw_core.wire.fields import (
     MAX_ERROR_MESSAGE,
     as_object,
@@ -61,6 +62,9 @@ _STOP: Final = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
 
 class Ollama:
     name = "ollama"
+    answers = ANSWERS
+    history = "messages"
+    runs = False
 
     def route(self, method: str, path: str) -> Route | None:
         if method == "POST" and path.partition("?")[0].endswith("/api/chat"):
@@ -68,7 +72,9 @@ class Ollama:
         return None
 
     def parse_request(self, body: bytes, path: str) -> Request:
-        obj = jsonio.loads_object(body, "request body")
+        return self.read_request(jsonio.loads_object(body, "request body"), path)
+
+    def read_request(self, obj: dict[str, Json], path: str) -> Request:
         items = required(obj, "messages", list, "body")
         tools = optional(obj, "tools", list, "body") or []
         stream = optional(obj, "stream", bool, "body")
@@ -82,6 +88,9 @@ class Ollama:
             sampling={**options, **{k: v for k, v in obj.items() if k in SAMPLING}},
             extra=rest(obj, _REQUEST),
         )
+
+    def read_items(self, items: list[Json]) -> Items:
+        return [(_message(as_object(item, f"messages[{i}]"), f"messages[{i}]"),) for i, item in enumerate(items)]
 
     def parse_response(self, body: bytes) -> Response:
         obj = jsonio.loads_object(body, "response body")

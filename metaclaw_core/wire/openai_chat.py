@@ -35,7 +35,8 @@ from metaclaw_core.model import (
     ToolResult,
     Usage,
 )
-from metaclaw_core.wire.base import Route, Slot, StreamParser, rest
+from metaclaw_core.wire.answer_openai_chat import ANSWERS
+from metaclaw_core.wire.base import Items, Route, Slot, StreamParser, rest
 from metaclaw_core.wire.fields import count, optional, required
 from metaclaw_core.wire.jsonio import dumps, loads_object
 from metaclaw_core.wire.openai_chat_stream import Chunks
@@ -86,6 +87,9 @@ _ASSISTANT = _MESSAGE | {"refusal", "tool_calls", "function_call", *REASONING, *
 
 class OpenAIChat:
     name = "openai_chat"
+    answers = ANSWERS
+    history = "messages"
+    runs = False
 
     def route(self, method: str, path: str) -> Route | None:
         if method != "POST" or _PATH not in path:
@@ -94,7 +98,9 @@ class OpenAIChat:
         return Route(self.name, model=_deployment(path)) if path.endswith(_PATH) else None
 
     def parse_request(self, body: bytes, path: str) -> Request:
-        obj = loads_object(body, "request body")
+        return self.read_request(loads_object(body, "request body"), path)
+
+    def read_request(self, obj: dict[str, Json], path: str) -> Request:
         messages = required(obj, "messages", list, "body")
         return Request(
             dialect=self.name,
@@ -106,6 +112,9 @@ class OpenAIChat:
             metadata=optional(obj, "metadata", dict, "body") or {},
             extra=rest(obj, _REQUEST),
         )
+
+    def read_items(self, items: list[Json]) -> Items:
+        return [(_message(item, at),) for item, at in objects(items, "messages")]
 
     def parse_response(self, body: bytes) -> Response:
         obj = loads_object(body, "response body")

@@ -39,7 +39,8 @@ from metaclaw_core.model import (
     ToolResult,
     Usage,
 )
-from metaclaw_core.wire.base import Route, Slot, StreamParser, rest
+from metaclaw_core.wire.answer_openai_responses import ANSWERS
+from metaclaw_core.wire.base import Items, Route, Slot, StreamParser, rest
 from metaclaw_core.wire.fields import count, optional, required
 from metaclaw_core.wire.jsonio import loads_object
 from metaclaw_core.wire.openai_common import (
@@ -79,6 +80,9 @@ _INCOMPLETE = {
 
 class OpenAIResponses:
     name = "openai_responses"
+    answers = ANSWERS
+    history = "input"
+    runs = True
 
     def route(self, method: str, path: str) -> Route | None:
         if method == "POST" and path.partition("?")[0].endswith(_PATH):
@@ -86,7 +90,9 @@ class OpenAIResponses:
         return None
 
     def parse_request(self, body: bytes, path: str) -> Request:
-        obj = loads_object(body, "request body")
+        return self.read_request(loads_object(body, "request body"), path)
+
+    def read_request(self, obj: dict[str, Json], path: str) -> Request:
         if obj.get("input") is None and not any(obj.get(k) for k in ("instructions", "previous_response_id", "prompt")):
             raise WireError("request body has no input")
         messages = list(_messages(obj.get("input")))
@@ -107,6 +113,19 @@ class OpenAIResponses:
             metadata=optional(obj, "metadata", dict, "body") or {},
             extra=rest(obj, _REQUEST),
         )
+
+    def read_items(self, items: list[Json]) -> Items:
+        out: Items = []
+        run: list[_Located] = []
+        for item, where in objects(items, "input"):
+            other = _others(item, where)
+            if other is not None:
+                _close(out, run)
+                out.append((other,))
+            else:
+                run.append((item, where))
+        _close(out, run)
+        return out
 
     def parse_response(self, body: bytes) -> Response:
         obj = loads_object(body, "response body")
@@ -150,6 +169,13 @@ def _messages(value: Json) -> Iterator[Message]:
         yield other
     if run:
         yield _assistant(run)
+
+
+def _close(out: Items, run: list[_Located]) -> None:
+    """The items of `run` are one message, which begins with the first."""
+    if run:
+        out += [(_assistant(run),), *[None] * (len(run) - 1)]
+        run.clear()
 
 
 def _kind(item: Mapping[str, Json], where: str) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import lru_cache
 
 from metaclaw_core.errors import SpliceError
 from metaclaw_core.model import Json
@@ -29,6 +30,12 @@ _TEXT_BLOCK = b'{"type":"text","text":"', b'"}'
 _INPUT_TEXT_BLOCK = b'{"type":"input_text","text":"', b'"}'
 _PART = b'{"text":"', b'"}'
 _LEADING_ROLES = ("system", "developer")
+_MESSAGE_BLOCKS = {
+    "openai_chat": _TEXT_BLOCK,
+    "openai_responses": _INPUT_TEXT_BLOCK,
+    "anthropic": _TEXT_BLOCK,
+    "ollama": None,
+}
 
 _SEAL = re.compile(rb"\\n<!-- metaclaw:(\d{1,9})-(\d{1,3})-(\d{1,3})-(\d{1,3}):([0-9a-f]{16}) -->\Z")
 _SEAL_ROOM = 80  # bytes; the longest seal has 58
@@ -44,12 +51,16 @@ def render_block(inner: str) -> str:
 
 def insert(body: bytes, slot: Slot, text: str) -> bytes:
     """`body` with `text` and its seal at the slot's place. The same text and slot always give the same piece."""
-    lead, inner = _escape(slot.lead), _escape(text)
-    numbers = b"%d-%d-%d-%d" % (len(inner), len(lead), len(slot.before), len(slot.after))
-    digest = _digest(slot.before, lead, inner, slot.after)
-    seal = b"\\n<!-- metaclaw:%s:%s -->" % (numbers, digest)
     whole = memoryview(body)
-    return b"".join((whole[: slot.at], slot.before, lead, inner, seal, slot.after, whole[slot.at :]))
+    return b"".join((whole[: slot.at], _piece(slot.before, slot.lead, text, slot.after), whole[slot.at :]))
+
+
+@lru_cache(maxsize=64)  # a session gets the same piece in each request
+def _piece(before: bytes, lead_text: str, text: str, after_text: bytes) -> bytes:
+    lead, inner = _escape(lead_text), _escape(text)
+    numbers = b"%d-%d-%d-%d" % (len(inner), len(lead), len(before), len(after_text))
+    seal = b"\\n<!-- metaclaw:%s:%s -->" % (numbers, _digest(before, lead, inner, after_text))
+    return b"".join((before, lead, inner, seal, after_text))
 
 
 def has_block(body: bytes, slot: Slot) -> bool:
@@ -198,6 +209,23 @@ def slot_gemini(body: bytes) -> Slot:
     return _in_string(text.value, text.end)
 
 
+def slot_message(dialect: str, message: bytes) -> Slot:
+    """The end of the text of one message of a user, given alone; so the place is one in `message`.
+
+    Raises SpliceError where it has no text that text can be added to, and for a dialect that isn't known here.
+    """
+    text = message.decode("latin-1")
+    found = fields(text, 0)
+    if dialect == "gemini":
+        parts = found.get("parts")
+        if parts is not None and isinstance(parts.value, list):
+            return _in_list(text, parts.value, parts.end, _PART)
+        raise SpliceError("the message has no list of parts")
+    if dialect not in _MESSAGE_BLOCKS:
+        raise SpliceError(f"messages of {dialect} are not known here")
+    return _in_content(text, found, _MESSAGE_BLOCKS[dialect])
+
+
 def _chat_slot(body: bytes, *, lists: bool) -> Slot:
     doc = Body(body)
     start = doc.find("messages")
@@ -258,7 +286,7 @@ def _in_content(text: str, message: dict[str, Member], block: tuple[bytes, bytes
         return _in_string(content.value, content.end)
     if content is not None and block is not None and isinstance(content.value, list):
         return _in_list(text, content.value, content.end, block)
-    raise SpliceError("the system message has no content that text can be added to")
+    raise SpliceError("the message has no content that text can be added to")
 
 
 def _in_string(value: str, end: int) -> Slot:
@@ -268,7 +296,7 @@ def _in_string(value: str, end: int) -> Slot:
 def _in_list(text: str, items: list[Json], end: int, block: tuple[bytes, bytes]) -> Slot:
     """Behind the last item of the list that ends at `end`, before the white space that may follow it."""
     if not all(isinstance(item, dict) for item in items):
-        raise SpliceError("an item of the system prompt is not an object")
+        raise SpliceError("an item of the content is not an object")
     before, close = block
     at = end - 1
     while text[at - 1] in WHITESPACE:

@@ -27,7 +27,7 @@ def ask(*messages: Message, prior: Prior | None = None) -> Identity:
 
 def test_the_last_user_message_opens_the_turn() -> None:
     one = ask(user("hi"), Message(Role.ASSISTANT, (Text("ok"),)), user("more"))
-    assert one == Identity("generic", Kind.MAIN, None, None, "more", ("hi", "more"), False, "t")
+    assert one == Identity("generic", Kind.MAIN, None, None, "more", ("hi", "more"), False, "t", human_at=(1, 3))
 
 
 def test_tool_results_after_it_make_it_a_continuation() -> None:

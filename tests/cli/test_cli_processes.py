@@ -78,10 +78,21 @@ def test_the_path_of_a_person_setup_start_use_look_restart_stop(metaclaw):
     (turn,) = [json.loads(line) for line in metaclaw("turns", "--json").stdout.splitlines()]
     assert turn["user_text"] == "How do I resolve a rebase conflict?"
 
-    traffic = metaclaw.status()["learning"]["traffic_24h"]
+    traffic = metaclaw.status()["learning"]["traffic_today"]
     assert traffic["requests"] == 1
     assert traffic["output"] > 0
-    assert f"{traffic['output']:,} out, in 24 h" in metaclaw("status").stdout
+    assert (traffic["usd"], list(traffic["unpriced"].values())) == (None, [1])  # nobody knows what the scripted LLM costs
+    assert f"{traffic['output']:,} out today (UTC), price unknown (" in metaclaw("status").stdout
+    models = {next(iter(traffic["unpriced"])): {"input": 1, "cached_input": 0, "output": 2}}
+    mine = json.dumps({"providers": {"mine": {"hosts": ["127.0.0.1"], "models": models}}})
+    (metaclaw.home / "prices.yaml").write_text(mine)
+    traffic = metaclaw.status()["learning"]["traffic_today"]
+    assert (traffic["usd"], traffic["unpriced"]) == (pytest.approx((traffic["input"] - traffic["cached"] + 2 * traffic["output"]) / 1e6), {})
+    (metaclaw.home / "prices.yaml").write_text("providers: {mine: {model: {}}}\n")
+    broken = metaclaw("status")
+    assert broken.returncode == 1
+    assert "prices.yaml is no price table: providers.mine.model: Extra inputs are not permitted." in broken.stderr
+    (metaclaw.home / "prices.yaml").unlink()
 
     again = metaclaw("start")
     assert again.returncode == 1

@@ -80,6 +80,22 @@ def test_a_folder_without_a_skill_and_a_pipe_are_named_and_not_waited_for(cli, t
         assert cli("skills", "validate", str(path)).out.startswith(f"{path}: there is no file SKILL.md\n")
 
 
+def test_a_folder_of_skill_folders_has_each_of_them_checked(cli, tmp_path):
+    bank = tmp_path / "bank"
+    bank.mkdir()
+    folder(bank, "zebra")
+    folder(bank, "horse", "hello")
+    folder(bank, ".hidden", "hello")
+    (bank / "notes").mkdir()
+    ran = cli("skills", "validate", str(bank))
+    assert (ran.code, ran.out) == (
+        1,
+        f"{bank}/horse: there is no YAML front matter between two lines of '---'\n2 checked, 1 not valid.\n",
+    )
+    rows = [json.loads(line) for line in cli("skills", "validate", "--json", str(bank), str(bank / "zebra")).out.splitlines()]
+    assert [(row["path"], bool(row["problems"])) for row in rows] == [(f"{bank}/horse", True), (f"{bank}/zebra", False)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import ROOT, SCRIPT, environment
+from wheel_tools import build_wheel
 
 CAPTURE = ROOT / "tests" / "captures" / "openai-completions.mitm"
 
@@ -22,19 +21,7 @@ def test_addon_path_of_a_checkout_is_the_script(cli):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("hatchling, which builds the wheel, is not installed (scripts/test installs it)")
-    source = tmp_path_factory.mktemp("source") / "checkout"
-    for name in ("metaclaw_core", "skills", "addons"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    out = tmp_path_factory.mktemp("wheel")
-    line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(source)]
-    built = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert built.returncode == 0, built.stderr
-    (file,) = out.glob("*.whl")
-    return file
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow

@@ -123,10 +123,14 @@ def common_prefix(a: bytes, b: bytes) -> int:
 
 
 class RecordingLLM:
-    """The kit's scripted LLM on a plain and a TLS port. `script` is asked first: (the kit, what was said, body) → reply or None."""
+    """The kit's scripted LLM on a plain and a TLS port. `script` is asked first: (the kit, what was said, body) → reply or None.
 
-    def __init__(self, script: Script | None = None) -> None:
+    `prepare` may change the kit before it serves.
+    """
+
+    def __init__(self, script: Script | None = None, prepare: Callable[[ModuleType], None] = lambda kit: None) -> None:
         kit = _kit_llm()
+        prepare(kit)
         self.received: list[Message] = []
         received, now = self.received, threading.local()
 

@@ -15,8 +15,12 @@ from pathlib import Path
 
 import pytest
 from openclaw_tools import KIT, LLM_HOSTS, MARK, OPENCLAW, SCRIPTS, RecordingLLM, Stage
+from service_tools import Supervisor
 
 from metaclaw_core.proxy.control import running_proxies
+from metaclaw_core.proxy.detach import live_proxies
+from metaclaw_core.wiring import service
+from metaclaw_core.wiring.units import GATEWAY, service_unit
 
 pytestmark = [pytest.mark.openclaw, pytest.mark.slow]
 
@@ -40,13 +44,16 @@ class Started(Stage):
         return done.stdout
 
     def start_proxy(self, *, addon: bool = True) -> None:
+        self.metaclaw("start", "--detach", *self.options)
+
+    @property
+    def options(self) -> list[str]:
         sets = {
             "confdir": self.folder / "mitmproxy",
             "ssl_verify_upstream_trusted_ca": KIT / "ca/ca.pem",
             "scripts": SCRIPTS / "upstream_map.py",
         }
-        words = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
-        self.metaclaw("start", "--detach", "--port", str(self.proxy_port), *words)
+        return ["--port", str(self.proxy_port), *(word for name, value in sets.items() for word in ("--set", f"{name}={value}"))]
 
     @property
     def pid(self) -> int:
@@ -56,6 +63,21 @@ class Started(Stage):
         super().__exit__(*exc)
         for proxy in running_proxies(self.home):
             os.kill(proxy.pid, signal.SIGTERM)
+
+
+class Serviced(Started):
+    """One whose proxy is a service that comes back."""
+
+    def start_proxy(self, *, addon: bool = True) -> None:
+        more = {"KIT_LLM_HOSTS": LLM_HOSTS, "LLM_PORT": str(self.llm.port), "LLM_TLS_PORT": str(self.llm.tls_port)}
+        unit = service_unit([*service.command(), *self.options], service.service_environment(self.home) | more, [GATEWAY])
+        bare = {"HOME": str(self.user), "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+        self.service = Supervisor(unit, self.folder / "service.log", bare).__enter__()
+        self.wait_for(lambda: bool(live_proxies(self.home)))
+
+    def __exit__(self, *exc: object) -> None:
+        self.service.__exit__(*exc)
+        super().__exit__(*exc)
 
 
 def blocks(llm: RecordingLLM) -> list[bytes]:
@@ -108,3 +130,20 @@ def test_a_proxy_that_is_killed_or_restarted_in_mid_session_costs_no_turn(tmp_pa
         assert {block[: len(first)] for block in blocks(llm)} == {first}  # it may have grown at its end
         said = [json.loads(line)["user_text"] for line in stage.metaclaw("turns", "--json").splitlines()]
         assert {*stage.said} <= {text for text in said if text}
+
+
+def test_a_proxy_that_is_killed_under_its_service_costs_no_turn(tmp_path: Path):
+    with RecordingLLM() as llm, Serviced(tmp_path / "openclaw", llm) as stage:
+        assert "ok: " in stage.post(REBASE, MODEL, "one")
+        (first,) = set(blocks(llm))
+        killed = stage.service.pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        began = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            turn = pool.submit(stage.post, "And how do I go on after that?", MODEL, "one")
+            stage.wait_for(lambda: any(live.addresses for live in live_proxies(stage.home)))
+            assert time.monotonic() - began < 5
+            assert "ok: " in turn.result(80)
+        assert (stage.service.starts, stage.service.pid == killed) == (2, False)
+        assert set(blocks(llm)) == {first}

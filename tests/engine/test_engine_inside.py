@@ -377,36 +377,41 @@ def test_who_waits_gets_the_result_when_it_comes() -> None:
     assert asyncio.run(story()) == Reply(b"done")
 
 
-def test_tool_calls_are_taken_only_from_a_reply_that_parses_whole() -> None:
-    from metaclaw_core.engine.chat import parse_tool_calls
+def test_a_chat_reply_becomes_openais_fields_and_a_broken_call_stays_text(base: Any) -> None:
+    from metaclaw_core.engine.chat import message_of, reply_reader
 
-    good = 'I look.\n<tool_call>\n{"name": "ls", "arguments": {"path": "ü"}}\n</tool_call>\n<tool_call>{"name": "pwd"}</tool_call>'
-    calls = parse_tool_calls(good)
-    assert calls is not None
-    assert calls.text == "I look."
-    assert [c["function"] for c in calls.calls] == [{"name": "ls", "arguments": '{"path": "ü"}'}, {"name": "pwd", "arguments": "{}"}]
+    def message(said: str, **body: Any) -> dict[str, Any]:
+        chat = {"messages": [], "tools": [{"type": "function", "function": {"name": "ls"}}], **body}
+        reader = reply_reader(base.tokenizer, chat, [1], stop_ids=(), stops=())
+        return message_of([*reader.feed(base.tokenizer.encode(said)), *reader.finish()])
+
+    call = '<tool_call>\n{"name": "ls", "arguments": {"path": "ü"}}\n</tool_call>'
+    good = message(f"<think>\nhm\n</think>\n\nI look.\n{call}\n{call}")
+    assert (good["content"], good["reasoning_content"]) == ("I look.", "hm")
+    assert [c["function"] for c in good["tool_calls"]] == [{"name": "ls", "arguments": '{"path": "ü"}'}] * 2
+    assert message(call)["content"] is None
+    assert message("") == {"role": "assistant", "content": ""}
     for bad in ("plain", "<tool_call>{bad}</tool_call>", '<tool_call>{"name": "ls"}', '<tool_call>{"name": 1}</tool_call>'):
-        assert parse_tool_calls(bad) is None
-    assert parse_tool_calls(good + "<tool_call>") is None
+        assert message(bad) == {"role": "assistant", "content": bad}
+    assert message(call, tool_choice="none") == {"role": "assistant", "content": call}
 
 
-def test_text_that_may_become_a_stop_or_a_call_is_held_back() -> None:
-    from metaclaw_core.engine.chat import held_back
+def test_calls_of_a_stream_are_numbered() -> None:
+    from metaclaw_core.engine.chat import delta_of
+    from metaclaw_core.wire.answer import Call
 
-    assert held_back("so far", ["END"], tools=False) == 0
-    assert held_back("so far E", ["END"], tools=False) == 1
-    assert held_back("so far EN", ["END"], tools=False) == 2
-    assert held_back("so far END more", ["END"], tools=False) == 8
-    assert held_back("look \n<tool", [], tools=True) == 7
-    assert held_back("look <tool", [], tools=False) == 0
+    assert delta_of(Call("ls", "{}", "call_1"), 3) == {
+        "tool_calls": [{"index": 3, "id": "call_1", "type": "function", "function": {"name": "ls", "arguments": "{}"}}]
+    }
 
 
-def test_a_character_is_given_out_when_its_last_token_is_there(base: Any) -> None:
-    from metaclaw_core.engine.chat import Detokenizer
+def test_a_completion_is_text_whatever_marks_are_in_it(base: Any) -> None:
+    from metaclaw_core.engine.chat import reply_reader
+    from metaclaw_core.wire.answer import TextDelta
 
-    tokens = base.tokenizer.encode("aé→b")
-    detokenizer = Detokenizer(base.tokenizer)
-    assert [detokenizer.push(token) for token in tokens] == ["a", "a", "aé", "aé", "aé", "aé→", "aé→b"]
+    text = "<think>a</think><tool_call>{}</tool_call>"
+    reader = reply_reader(base.tokenizer, {"prompt": "x"}, [1], stop_ids=(2,), stops=("END",))
+    assert [*reader.feed(base.tokenizer.encode(f"{text}END more")), *reader.finish()] == [TextDelta(text)]
 
 
 def test_a_reply_ends_at_the_models_own_end_unless_told_otherwise(tmp_path: Path) -> None:

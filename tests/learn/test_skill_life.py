@@ -209,7 +209,7 @@ async def test_a_child_is_greeted_at_every_start_and_told_what_is_new(
 
 
 async def test_the_worker_takes_keys_from_its_stdin_and_ends_with_it(metaclaw_home: Path) -> None:
-    from metaclaw_core.worker import _until_stdin_closes
+    from metaclaw_core.parent import until_stdin_closes
 
     read_end, write_end = os.pipe()
     taken: list[object] = []
@@ -217,7 +217,7 @@ async def test_the_worker_takes_keys_from_its_stdin_and_ends_with_it(metaclaw_ho
     with os.fdopen(read_end) as stdin:
         original, sys.stdin = sys.stdin, stdin
         try:
-            following = asyncio.ensure_future(_until_stdin_closes(stop, taken.append))
+            following = asyncio.ensure_future(until_stdin_closes(stop, taken.append))
             os.write(write_end, b'{"type": "caller_key"}\nnonsense\n[1]\n{"type": "caller_refused"}\n')
             os.close(write_end)
             await asyncio.wait_for(following, 5)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from policy_help import RunningEngine, RunningPolicy, running_engine, running_policy, teach_words
+from policy_help import RunningEngine, RunningPolicy, close_rest, running_engine, running_policy, speak_words
 
 MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
 
@@ -25,11 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It answers with words in ASCII that mean nothing, some 100 tokens of them, and ends by itself."""
+    """It answers with letters that mean nothing, some 100 of them, and ends by itself."""
     from metaclaw_core.engine.testing import make_model
 
-    folder = make_model(tmp_path_factory.mktemp("chat") / "model", context=2048, stops=True, spread=0.05)
-    teach_words(folder)
+    folder = make_model(tmp_path_factory.mktemp("chat") / "model", context=2048, stops=True)
+    speak_words(folder)
     return folder
 
 
@@ -37,6 +37,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
     with running_engine(chat_model, tmp_path_factory.mktemp("engine-home")) as running:
         yield running
+        close_rest(running)
 
 
 @pytest.fixture(scope="session")

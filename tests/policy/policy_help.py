@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ from metaclaw_core.store import samplefile
 
 TOKEN = "token-of-this-run"
 SECONDS = 60.0
-WORDS = ["cat", "dog", "bird", "tree", "house", "river", "stone", "cloud", "apple", "green", "quickly", "the", "a", "of", "and", "to,", "under", "over.", "with"]
 
 
 @dataclass(frozen=True)
@@ -84,24 +82,35 @@ class RunningPolicy:
         return row
 
 
-def teach_words(folder: Path, steps: int = 100) -> None:
-    """Train a model of `make_model` to answer any question with words. Takes a few seconds."""
+def speak_words(folder: Path) -> None:
+    """Let a model of `make_model` say ASCII letters and spaces only, and end after about a hundred.
+
+    One number of each embedding is made the same and large, so the last layer has a constant to weigh: a bias per token.
+    """
     import torch
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    dice = random.Random(0)
-    for _ in range(steps):
-        words = [" ".join(dice.choice(WORDS) for _ in range(dice.randint(12, 40))) for _ in range(8)]
-        chats = [f"<|im_start|>user\n{dice.choice(WORDS)}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>" for text in words]
-        batch = tokenizer(chats, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    said = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 5.0
+        head = model.lm_head.weight
+        head[:, 0] = -10.0
+        for i, text in said.items():
+            if text.isascii() and (text.isalpha() or text == " "):
+                head[i, 0] = 0.0
+        head[tokenizer.eos_token_id] = 0.0
+        head[tokenizer.eos_token_id, 0] = -0.05
     model.save_pretrained(folder)
+
+
+def close_rest(engine: RunningEngine) -> None:
+    """The SDK keeps a RestClient's connections for the life of the process; pytest wants them closed at its end."""
+    import tinker
+
+    holder = tinker.RestClient(base_url=engine.url, api_key=engine.key).holder
+    holder.run_coroutine_threadsafe(holder.aclose()).result(30)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -50,12 +51,9 @@ def reader(
     thinking: bool = False,
 ) -> ReplyReader:
     tokenizer = tokenizer_for(family)
-    marks = families.marks_of(family, tokenizer)
     return ReplyReader(
         tokenizer,
         family,
-        marks=marks,
-        hidden={id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id not in marks},
         stop_ids=families.stops_of(family, tokenizer),
         stops=stops,
         schemas=schemas,
@@ -377,6 +375,12 @@ def test_call_ids_look_like_those_of_the_dialects_provider():
     assert new_call_id("anthropic") != new_call_id("anthropic")
 
 
+def test_without_a_family_all_is_text():
+    text = f"<think>\nhm\n</think>\n{CALL}\n"
+    r = ReplyReader(tokenizer_for(families.HERMES), None, stop_ids=(2,), stops=("STOP",), call_id=lambda _: None)
+    assert joined([*r.feed(ids_of(f"{text}STOP")), *r.finish()]) == [T(text)]
+
+
 # --- any split ---------------------------------------------------------------------------------
 
 # fmt: off
@@ -409,7 +413,7 @@ def test_any_split_of_the_ids_gives_the_same_answer(
     for bounds in ([0, len(ids)], [0, *cuts, len(ids)], list(range(len(ids) + 1))):
         r = reader(FAMILIES[family], stops=stops, schemas=SCHEMAS if tools else None, thinking=thinking)
         events: list[Event] = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             events += r.feed(ids[start:end])
         events += r.finish()
         answers.append((joined(events), r.kept, r.shown, r.stop_sequence, r.stopped, r.malformed))
@@ -422,7 +426,7 @@ def test_pieces_of_text_join_to_what_the_tokenizer_makes_of_the_whole(ids: list[
     ids = [id for id in ids if id < len(tokenizer)]
     bounds = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
     detokenizer = Detokenizer(tokenizer)
-    text = "".join(detokenizer.feed(ids[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)) + detokenizer.finish()
+    text = "".join(detokenizer.feed(ids[a:b]) for a, b in pairwise(bounds)) + detokenizer.finish()
     assert text == decode(tokenizer, ids)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from policy_help import RunningEngine
 
-from metaclaw_core.policy.sampler import Sampler, SamplerError, Sampling, Segment
+from metaclaw_core.policy.asked import Sampling
+from metaclaw_core.policy.sampler import Sampler, SamplerError, Segment
 
 pytestmark = pytest.mark.local
 

@@ -7,7 +7,7 @@ import pytest
 
 from metaclaw_core.model import Hints
 from metaclaw_core.proxy.rewrite import Rewriter, Rewritten
-from metaclaw_core.proxy.sessions import Sessions
+from metaclaw_core.proxy.sessions import Sessions, SessionState
 from metaclaw_core.settings import Settings
 from metaclaw_core.skills import Index, Skill
 from metaclaw_core.skills.index import Hit
@@ -87,6 +87,18 @@ async def test_a_block_grows_with_the_subject_and_stays_through_tools_and_small_
     assert skills(await talk.say("and gamma")) == ("alpha", "beta", "gamma")
     assert skills(await talk.say("and delta")) == ("alpha", "beta", "gamma")  # two additions are the most
     assert len(talk.retriever.asked) == 5
+
+
+async def test_the_scores_of_the_choice_go_with_the_record_and_outlive_a_restart():
+    talk = Conversation()
+    await talk.say("about alpha")
+    assert (await talk.say("now beta")).injection.scores == (1.0, 1.0)
+    key, value, _ = talk.sink.rows[-1]
+    saved = SessionState(**json.loads(value))
+    assert saved.scores == [1.0, 1.0]
+    old = SessionState(saved.session_id, saved.session_key, block=saved.block, skills=saved.skills, turn=saved.turn, used_at=time.time())
+    talk.sessions.put(key, old, talk.sink)  # as an older version left it
+    assert (await talk.say("and gamma")).injection.scores == (None, None, 1.0)
 
 
 async def test_nothing_that_fits_is_nothing_added():

@@ -8,7 +8,7 @@ import pytest
 
 from metaclaw_core.model import Exchange, Hints
 from metaclaw_core.proxy.spool import Spool
-from metaclaw_core.store.spool import SpoolReader, has_owner
+from metaclaw_core.store.spool import SpoolReader, SpoolWriter
 
 EXCHANGE = Exchange(
     flow_id="f",
@@ -71,7 +71,7 @@ def test_close_writes_the_rest_and_gives_the_file_up(tmp_path):
     spool.put_session(("k", b"{}", 1.0))
     spool.close()
     assert ids(spool.path) == ["f"]
-    assert not has_owner(spool.path)
+    SpoolWriter(spool.path).close()  # nobody holds it any more
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o600"}
 
 

@@ -85,6 +85,14 @@ def test_an_addition_that_finds_no_room_is_not_counted():
     assert chosen(first, hits(c=3.0), lookup).appends == 1
 
 
+def test_each_skill_keeps_the_score_it_was_chosen_with():
+    lookup = library(a=10, b=10, c=10)
+    first = chosen(Block(), hits(a=10.12345, b=6.5), lookup)
+    assert chosen(first, hits(c=3.0, a=2.9), lookup).scores == (10.123, 6.5, 3.0)
+    before_scores_were_kept = Block(first.inner, first.skills, first.appends)
+    assert chosen(before_scores_were_kept, hits(c=3.0), lookup).scores == (None, None, 3.0)
+
+
 def test_what_the_client_lists_and_what_has_left_the_library_is_passed_over():
     lookup = library(a=10, b=10)
     assert chosen(Block(), hits(gone=3.0, a=3.0, b=3.0), lookup, listed=("a",)).skills == ("b",)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from metaclaw_core.errors import StoreError
-from metaclaw_core.store.drain import drain_spool, drain_spools
+from metaclaw_core.store import samplefile
+from metaclaw_core.store.drain import DrainReport, drain_samples, drain_spool, drain_spools, drain_under_lease
 from metaclaw_core.store.rollouts import Store
+from metaclaw_core.store.samplefile import Sample, SampleFile
 from metaclaw_core.store.spool import SpoolReader, SpoolWriter
+from metaclaw_core.store.tables import samples
 
 
 @pytest.fixture
@@ -87,3 +91,82 @@ def test_many_exchanges_and_large_ones_go_through_in_batches(store: Store, folde
             free = db.execute("PRAGMA freelist_count").fetchone()
         db.close()
     assert free == (0,)
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def a_sample(flow_id: str) -> Sample:
+    return Sample(
+        flow_id=flow_id,
+        created_at=1_790_000_000.5,
+        base_model="tiny",
+        tokenizer="f00d",
+        version=3,
+        checkpoint="tinker://w/3",
+        klass="A",
+        klass_reason=None,
+        sampling={"temperature": 1.0},
+        prompt_ids=(1, 2, 70_000),
+        tokens=(7, 8),
+        logprobs=(-0.5, -1.25),
+        reused=2,
+        segments=1,
+        stop_reason="stop",
+        malformed=False,
+        redacted=False,
+    )
+
+
+def in_store(store: Store) -> list[Any]:
+    with store.reading() as connection:
+        return list(connection.execute(select(samples).order_by(samples.c.id)))
+
+
+def test_samples_come_into_the_store_with_their_turns_and_leave_the_policys_file(store: Store, folder: Path, chat: Any) -> None:
+    path = folder.parent / "run" / samplefile.FILE
+    with SpoolWriter(folder / "1.db") as writer, SampleFile(path) as file:
+        writer.append([replace(chat("one"), flow_id="f1", version=3), chat("two")])
+        for number in range(70):
+            file.keep("s", a_sample(f"f{number}"))
+        report = drain_spools(store, folder)
+        assert (report.stored, report.samples, report.problems) == (2, 70, ())
+        assert samplefile.pending(path) == []
+        file.keep("s", a_sample("f0"))  # the same flow again
+        assert drain_spools(store, folder).samples == 0
+        assert samplefile.pending(path) == []
+    assert [turn["version"] for turn in store.turns()] == [3, None]
+    rows = in_store(store)
+    assert len(rows) == 70
+    assert rows[1].flow_id == "f1"
+    assert samplefile.unpack_ids(rows[1].prompt_ids).tolist() == [1, 2, 70_000]
+    assert samplefile.unpack_logprobs(rows[1].logprobs).tolist() == [-0.5, -1.25]
+
+
+def test_a_crash_before_samples_are_removed_adds_none_twice(store: Store, folder: Path) -> None:
+    path = folder.parent / "run" / samplefile.FILE
+    with SampleFile(path) as file:
+        file.keep("s", a_sample("f1"))
+        waiting = samplefile.pending(path)
+        drain_samples(store, path)
+        file.keep("s", a_sample("f1"))  # as if it had not been removed
+        assert [row["flow_id"] for _, row in waiting] == ["f1"]
+        assert drain_samples(store, path) == DrainReport()
+    assert len(in_store(store)) == 1
+
+
+def test_samples_without_a_spool_are_taken_in(store: Store, folder: Path) -> None:
+    with SampleFile(folder.parent / "run" / samplefile.FILE) as file:
+        file.keep("s", a_sample("f1"))
+    assert drain_under_lease(store, folder).samples == 1
+
+
+def test_a_damaged_file_of_samples_is_reported_and_holds_up_no_spool(store: Store, folder: Path, chat: Any) -> None:
+    path = folder.parent / "run" / samplefile.FILE
+    path.parent.mkdir()
+    path.write_bytes(b"no database" * 100)
+    with SpoolWriter(folder / "1.db") as writer:
+        writer.append([chat("one")])
+    report = drain_spools(store, folder)
+    assert report.stored == 1
+    assert "policy.db" in report.problems[0]

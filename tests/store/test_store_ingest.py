@@ -37,7 +37,7 @@ def test_a_turn_holds_what_was_asked_and_answered(store: Store, chat: Any, chat_
         {"role": "user", "content": "What is in a?"},
         answer=chat_stream("Let me look.", calls=calls),
         body={"temperature": 0.2, "tools": [{"type": "function", "function": {"name": "read"}}], "user": "u"},
-        injection=Injection("the block", ("reading", "files"), 7),
+        injection=Injection("the block", ("reading", "files"), 7, (4.5, None)),
     )
     report = store.ingest([exchange])
     assert (report.stored, report.skipped, report.duplicates, report.failed) == (1, 0, 0, ())
@@ -61,6 +61,7 @@ def test_a_turn_holds_what_was_asked_and_answered(store: Store, chat: Any, chat_
         "usage": None,
         "status_code": 200,
         "injected": ["reading", "files"],
+        "injected_scores": [4.5, None],
         "index_generation": 7,
         "state": "captured",
         "reason": None,
@@ -462,6 +463,7 @@ def test_a_capture_of_injected_traffic_is_the_clients_own(store: Store, chat: An
     assert row["injected"] == ["reading-files", "maths"]
     assert row["index_generation"] is None
     assert store.blob(row["injection"]) == block
+    assert row["injected_scores"] is None  # a capture holds the block and not why
     assert [m.text for m in store.conversation(row["prompt_tip"])] == ["Be brief.", "hi"]
     live = replace(original, flow_id="live", injection=Injection(block, ("reading-files", "maths"), 3))
     assert store.ingest([live]).duplicates == 1

@@ -250,6 +250,15 @@ def test_damaged_content_is_named_and_does_not_stop_the_rest(timed: Store) -> No
     assert "can't be read" in problems[0]
 
 
+def test_of_many_problems_a_hundred_are_told_and_all_are_counted(timed: Store) -> None:
+    rows = [{"id": f"v1:{n:064x}", "parent": f"v1:{n + 1:064x}", "role": "user", "content": b"?"} for n in range(150)]
+    with timed.transaction() as connection:
+        connection.execute(text("INSERT INTO messages (id, parent, role, content) VALUES (:id, :parent, :role, :content)"), rows)
+    report = timed.verify()
+    assert len(report.problems) == 100
+    assert report.found == 151  # each of them unreadable, and the last one's parent is missing
+
+
 def test_a_missing_blob_is_found(store: Store, chat: Any) -> None:
     store.ingest([chat("hi", body={"tools": [{"type": "function", "function": {"name": "f"}}]})])
     [problem] = broken(store, "DELETE FROM blobs")

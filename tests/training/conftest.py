@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from policy_help import RunningEngine, running_engine
+from policy_help import RunningEngine, close_rest, running_engine
 
 MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
 
@@ -34,9 +35,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
     with running_engine(tiny_model, tmp_path_factory.mktemp("engine-home")) as running:
         yield running
+        close_rest(running)
 
 
 @pytest.fixture(autouse=True)
-def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    gc.collect()  # what the SDK left open ends in the test that opened it, not in a later one

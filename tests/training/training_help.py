@@ -81,5 +81,6 @@ async def answers(
     rewards = []
     for n, reply in enumerate(replies, first):
         rewards.append(reward(reply.tokens))
-        put(store, n, prompt, reply.tokens, reply.logprobs.tolist(), reward=rewards[-1], session=f"s{n % sessions}", version=version)
+        values = {"reward": rewards[-1], "session": f"s{n % sessions}", "version": version, "base_model": where.base_model}
+        put(store, n, prompt, reply.tokens, reply.logprobs.tolist(), **values)
     return rewards

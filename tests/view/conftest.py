@@ -115,7 +115,7 @@ def with_skills(home: Path) -> None:
     first = [system, user("My rebase onto main stopped with a conflict in app/routes.py. Can you sort it out?")]
     looked = [*first, assistant("", [("c1", "exec", '{"command": "git status"}')]), result("c1", "both modified: app/routes.py")]
     then = [*looked, assistant("The conflict is resolved and the rebase is done."), user("Great. Write the release notes for it.")]
-    one, two = Injection(block, (rebase,), 7), Injection(more, (rebase, notes), 8)
+    one, two = Injection(block, (rebase,), 7, (11.25,)), Injection(more, (rebase, notes), 8, (11.25, None))
     with open_store(home / "store.db") as store:
         store.ingest(
             [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import re
 import signal
 import socket
 import subprocess
@@ -224,6 +225,7 @@ def test_a_turn_says_what_was_added_and_why_and_how_it_was_judged(recorded, read
         one, two, three = (row for row in store.turns() if row["injected"])
     text = reader.get(f"/turn/{three['id']}").text
     assert f'<a href="/turn/{one["id"]}">' in text  # where the first skill came in
+    assert re.findall(r'<td class="n">(11\.25|–)</td>', text) == ["11.25", "–"]  # how well each fitted, where that is known
     assert "My rebase onto main stopped with a conflict in app/routes.py. Can you sort it out?" in text
     assert "this request" in text  # where the second did
     assert "generation 8 of the skill index" in text

@@ -20,8 +20,9 @@ from metaclaw_core.store.migrations.m0001_initial import m0001_initial
 from metaclaw_core.store.migrations.m0002_judge import m0002_judge
 from metaclaw_core.store.migrations.m0003_evolve import m0003_evolve
 from metaclaw_core.store.migrations.m0004_policy import m0004_policy
+from metaclaw_core.store.migrations.m0005_injected_scores import m0005_injected_scores
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m0001_initial, m0002_judge, m0003_evolve, m0004_policy)
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m0001_initial, m0002_judge, m0003_evolve, m0004_policy, m0005_injected_scores)
 
 migrations = Table(
     "metaclaw_migrations",

@@ -1,0 +1,87 @@
+"""New weights answer a few logged prompts before they serve, beside the stable ones: the calls that `fastchecks` judges.
+
+Design: one prompt of each of the newest sessions, the exact ids that were sampled from; all are asked at once. What it took is
+booked like siblings.
+
+Limits: replies are cut at `REPLY_TOKENS`; where nothing was logged yet there is nothing to ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sqlalchemy import select
+
+from metaclaw_core.learn.fastchecks import PROMPTS, REPLY_TOKENS, Bounds, Checked, Reply, check
+from metaclaw_core.learn.journal import Version
+from metaclaw_core.learn.money import book_training
+from metaclaw_core.learn.trainer import TrainingServer
+from metaclaw_core.store.rollouts import Store
+from metaclaw_core.store.samplefile import unpack_ids
+from metaclaw_core.store.tables import samples, turns
+
+
+async def trial(store: Store, server: TrainingServer, new: Version, stable: Version, bounds: Bounds) -> Checked:
+    """Whether `new` may serve. Raises ServerError."""
+    prompts = await asyncio.to_thread(_prompts, store, new.base_model)
+    if not prompts:
+        return check([], [], bounds)
+    reader = Readers(await server.tokenizer())
+    pairs = await asyncio.gather(*(_asked(store, server, reader, new, stable, prompt) for prompt in prompts))
+    return check([said for said, _ in pairs], [before for _, before in pairs], bounds)
+
+
+async def _asked(
+    store: Store, server: TrainingServer, reader: Readers, new: Version, stable: Version, prompt: list[int]
+) -> tuple[Reply, Reply]:
+    async def ask(version: Version) -> Any:
+        [reply] = await server.sample(version.sampler_path, prompt, n=1, max_tokens=REPLY_TOKENS, stop_ids=reader.stop_ids)
+        book_training(store, "sibling", new.base_model, len(prompt), len(reply.tokens))
+        return reply
+
+    said, before = await asyncio.gather(ask(new), ask(stable))
+    kl = None
+    if said.tokens:
+        theirs = await server.logprobs(stable.sampler_path, [*prompt, *said.tokens], len(said.tokens))
+        book_training(store, "sibling", new.base_model, len(prompt) + len(said.tokens))
+        kl = float(np.mean(said.logprobs.astype(np.float64) - theirs))
+    return reader.reply(said.tokens, kl), reader.reply(before.tokens, None)
+
+
+def _prompts(store: Store, base_model: str) -> list[list[int]]:
+    """Of the newest answers, one a session."""
+    query = (
+        select(turns.c.session, samples.c.prompt_ids)
+        .join(turns, turns.c.flow_id == samples.c.flow_id)
+        .where(samples.c.klass == "A", samples.c.prompt_ids.is_not(None), samples.c.base_model == base_model)
+        .order_by(samples.c.id.desc())
+        .limit(20 * PROMPTS)
+    )
+    found: dict[str, list[int]] = {}
+    with store.reading() as db:
+        for session, packed in db.execute(query):
+            if session not in found and len(found) < PROMPTS:
+                found[session] = unpack_ids(packed).tolist()
+    return list(found.values())
+
+
+class Readers:
+    """How replies of one tokenizer are read."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from metaclaw_core.policy.families import family_of, stops_of
+
+        self._tokenizer, self._family = tokenizer, family_of(tokenizer)
+        self.stop_ids = stops_of(self._family, tokenizer)
+
+    def reply(self, tokens: Sequence[int], kl: float | None) -> Reply:
+        """As if any tool might be called: a call that was never offered is no fault of the weights' grammar."""
+        from metaclaw_core.policy.parse import ReplyReader
+
+        reader = ReplyReader(self._tokenizer, self._family, stop_ids=self.stop_ids, schemas={}, call_id=lambda _: None)
+        reader.feed(tokens)
+        reader.finish()
+        return Reply(len(tokens), not reader.message.parts and not reader.malformed, reader.malformed, kl)
