@@ -30,8 +30,7 @@ _FRESH = """\
 # Settings of MetaClaw. `metaclaw config show` lists every key with its value and where it comes from.
 # METACLAW_* in the environment wins over this file, flags win over both.
 
-# skills_only: skills and records. rl is for training a model of your own, which this version does not do yet: the
-# proxy says so at its start and goes on as in skills_only.
+# skills_only: skills and records. rl: requests are answered by a model of your own, which is trained on what comes of it.
 mode: skills_only
 
 # The LLM that writes skills and judges replies. Empty: your agent's own model and key, for skills only.
@@ -46,7 +45,7 @@ skills:
 
 rl:
   enabled: false
-  # For training, once it is there: a step of 32 turns from at least 4 sessions; smaller batches learn from noise.
+  # A training step takes 32 turns from at least 4 sessions; smaller batches learn from noise.
   batch_size: 32
   min_sessions: 4
 """
@@ -88,7 +87,7 @@ def _options[F: Callable[..., Any]](function: F) -> F:
     for option in reversed(
         (
             click.option("--non-interactive", is_flag=True, help="Ask nothing: flags, then the file's values, then defaults."),
-            click.option("--mode", type=click.Choice(["skills_only", "rl"]), help="rl: keep settings for training, which is not built yet."),
+            click.option("--mode", type=click.Choice(["skills_only", "rl"]), help="rl: train a model of your own and let it answer."),
             click.option("--provider", type=click.Choice([_NONE, *PRESETS]), help="LLM that writes skills; none: the agent's own."),
             click.option("--api-base", metavar="URL", help="Its OpenAI-compatible base URL."),
             click.option("--model", "model_id", metavar="ID", help="Its model."),
@@ -137,7 +136,7 @@ def command(non_interactive: bool, **flags: Any) -> None:
 def _answers(asker: Asker, old: Settings) -> dict[configfile.Key, Any]:
     answers: dict[configfile.Key, Any] = {}
     answers["mode",] = mode = asker.ask(
-        "mode", "Mode: skills_only, or rl (settings for training a model, which is not built yet)", old.mode, click.Choice(["skills_only", "rl"])
+        "mode", "Mode: skills_only, or rl (train a model of your own and let it answer)", old.mode, click.Choice(["skills_only", "rl"])
     )
     answers |= _llm(asker, old)
     answers["skills", "auto_evolve"] = asker.yes("auto_evolve", "Write new skills from finished sessions?", old.skills.auto_evolve)
@@ -247,9 +246,10 @@ def _recorded_shape() -> TurnShape | None:
 def _farewell(settings: Settings) -> None:
     click.echo(f"Wrote {config_file()}, readable by you only.")
     if settings.mode == "rl":
-        click.echo("Mode rl: serving and training a model of your own is not built yet; until then it works as skills_only.")
-        if not (settings.rl.prm_url or settings.llm.api_base):
-            click.echo("No judge yet: without rl.prm_url or llm.* nothing is scored.")
+        warmup = settings.rl.warmup_turns
+        click.echo(f"Mode rl: {settings.rl.model} answers once it is ready" + (f" and {warmup} turns were seen." if warmup else "."))
+        if not (settings.rl.prm_url or settings.llm.api_base or settings.opd.enabled):
+            click.echo("No judge yet: without rl.prm_url or llm.* nothing is scored, so nothing is trained.")
     if settings.llm.provider and PRESETS[settings.llm.provider].needs_key and not settings.llm.api_key:
         click.echo("llm.api_key is empty: set METACLAW_LLM_API_KEY, or `metaclaw config llm.api_key -`.")
     from metaclaw_core.proxy.control import running_proxies

@@ -94,18 +94,18 @@ def test_status_and_report_on_the_command_line(tmp_path: Path):
     with_steps(open_store(home / "store.db")).close()
 
     def metaclaw(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [str(Path(sys.executable).with_name("metaclaw")), "train", *words]
+        line = [str(Path(sys.executable).with_name("metaclaw")), *words]
         return subprocess.run(line, env=environment(home), capture_output=True, text=True, timeout=60)
 
-    shown = metaclaw("status").stdout
+    shown = metaclaw("train", "status").stdout
     assert "working version 3, stable version 1 (step 3 <script>)" in shown
     assert re.search(r"3\s+routed\s+32\s+0.3\s+0.002\s+1.01\s+3", shown)
     assert re.search(r"4\s+abandoned\s+–\s+–\s+–\s+–\s+–\s+<b>no</b>", shown)
-    assert json.loads(metaclaw("status", "--json").stdout)["routes"][0]["working"] == 3
-    written = Path(metaclaw("report").stdout.strip())
+    assert json.loads(metaclaw("train", "status", "--json").stdout)["routes"][0]["working"] == 3
+    written = Path(metaclaw("train", "report").stdout.strip())
     assert written.parent == home / "reports"
     assert written.stat().st_mode & 0o777 == 0o600
-    assert metaclaw("report", str(tmp_path / "r.html")).stdout.strip() == str(tmp_path / "r.html")
-    bad = metaclaw("report", str(tmp_path / "none/r.html"))
+    assert metaclaw("train", "report", str(tmp_path / "r.html")).stdout.strip() == str(tmp_path / "r.html")
+    bad = metaclaw("train", "report", str(tmp_path / "none/r.html"))
     assert bad.returncode == 1
     assert "can't be written (No such file or directory)" in bad.stderr
