@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from metaclaw_core.addresses import forbidden_url
 from metaclaw_core.errors import ConfigError
 
 _ENV = os.environ  # noqa: TID251 - the one place
@@ -95,6 +96,7 @@ class Skills(_Section):
     top_k: int = Field(6, ge=1, le=50)
     task_specific_top_k: int = Field(10, ge=0, le=50)  # template mode only
     max_injected_tokens: int = Field(2000, ge=100, le=50_000)
+    placement: Literal["system", "turn"] = "system"  # of what is added later in an epoch: to the block, or beside what was said
     idle_minutes: int = Field(60, ge=1)  # a longer pause starts a new epoch: the provider's cache is gone anyway
     auto_evolve: bool = True
     session_idle_minutes: int = Field(30, ge=1)  # a longer pause ends what skills are written from
@@ -138,6 +140,14 @@ class RL(_Section):
     idle_minutes: int = Field(15, ge=0)  # windows: and where no request came for so long; 0: only in sleep_hours
     daily_budget_usd: float | None = Field(None, ge=0)  # sampling, training, judge, siblings; None: no limit
     on_budget: Literal["base", "upstream"] = "base"  # who answers once it is spent: the untrained model, or the agent's own LLM
+
+    @field_validator("tinker_base_url")
+    @classmethod
+    def _may_be_asked(cls, value: str) -> str:
+        """Its client is Tinker's own, which can't be told where not to connect to."""
+        if (problem := forbidden_url(value)) is not None:
+            raise ValueError(f"it is {problem}")
+        return value
 
     @field_validator("sleep_hours")
     @classmethod

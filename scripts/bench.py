@@ -17,7 +17,7 @@ cost    5, 60, 400 kB, http and https, one at a time, JSON: CPU and latency of a
 stream  60 kB: time to the first token, and how late the tokens are
 crowd   16 and 64 at a time: throughput, CPU
 skills  0, the built-in, 1,000 and 10,000 skills at 60 kB
-busy    p99 while the worker scores, and while it writes skills, against the same proxy with its worker asleep (`BUSY`)
+busy    p99 while the worker scores, and while it writes skills, against a proxy whose worker only takes in (`BUSY`)
 
 Limits: `busy` has the worker beside client, proxy and upstream; where fewer cores than that are free it shows how the
 system shares them: the load is in the JSON. Without ../shared/bench (or METACLAW_SHARED) this says so; exit status 2.
@@ -40,7 +40,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Bench:
 
     def __init__(self, compare: Any, load: Any, stack: ExitStack) -> None:
         self.compare, self.load, self.stack = compare, load, stack
-        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         self.args = Namespace(
             upstream_port=0, host=None, ttft_ms=0, itl_ms=0, chunks=16, settle=0.2, mitmdump=str(Path(sys.executable).with_name("mitmdump"))
         )
@@ -198,8 +198,10 @@ def skills(bench: Bench, rounds: int) -> dict[str, Cell]:
 
 
 def busy(bench: Bench, rounds: int) -> dict[str, Cell]:
-    """Each round: worker asleep, awake and at work, asleep again. The second sleep shows the noise."""
+    """Each round: a proxy whose worker only takes in what is recorded, one whose worker is at work, the first one again. The
+    second look at the idle one shows the noise."""
     llm = bench.stack.enter_context(BusyLLM())
+    bench.start("idle", skills_home(bench.folder, BUILT_IN, name="idle"))
     cells = {}
     for case in BUSY:
         try:
@@ -227,7 +229,7 @@ def busy_case(bench: Bench, case: Busy, llm: BusyLLM, rounds: int) -> Cell:
         order = ("idle", "busy", "idle again")
         for half in order if number % 2 == 0 else reversed(order):
             before = case.progress(home)
-            result = measured_with(bench, variant, load, asleep=half != "busy")
+            result = measured_with(bench, variant if half == "busy" else bench.variants["idle"], load)
             halves[half].append(result)
             done += case.progress(home) - before if half == "busy" else 0
     rows: Cell = {}
@@ -246,26 +248,17 @@ def busy_case(bench: Bench, case: Busy, llm: BusyLLM, rounds: int) -> Cell:
     return rows
 
 
-def measured_with(bench: Bench, variant: Any, load: Any, *, asleep: bool) -> dict[str, Any]:
-    """A round of the proxy, its children stopped or not. `awake` of the harness wakes all, so they are stopped after it."""
+def measured_with(bench: Bench, variant: Any, load: Any) -> dict[str, Any]:
+    """A round of one proxy with its children; what they had put off while they slept is not the round's."""
     import asyncio
 
     target = variant.target("http", bench.compare.DIALECTS[load.api].host, bench.upstream)
     with variant.awake():
-        children = variant.process.children(recursive=True)
-        if asleep:
-            for child in children:
-                child.suspend()
-        else:
-            time.sleep(0.3)  # what had piled up meanwhile is not this round's
+        time.sleep(0.3)
         before = sum(variant.process.cpu_times()[:2])
         result: dict[str, Any] = asyncio.run(bench.compare.measure(target, load))
         time.sleep(0.1)
         result["cpu_ms"] = 1000 * (sum(variant.process.cpu_times()[:2]) - before) / result["served"]
-        if asleep:
-            for child in children:
-                with suppress(bench.compare.psutil.Error):
-                    child.resume()
     return result
 
 

@@ -332,7 +332,10 @@ PATIENCE_AT_END = 70.0
 
 
 def drain(home: Path) -> None:
-    """Take in what lies in the spools. A worker that was killed while it did so keeps its lease for up to a minute."""
+    """Take in what lies in the spools. A worker that was killed while it did so keeps its lease for up to a minute, which need
+    not be waited for: nobody is left."""
+    with closing(sqlite3.connect(home / "store.db", isolation_level=None, timeout=30)) as db:
+        db.execute("DELETE FROM leases WHERE name = 'ingest'")
     command = [str(Path(sys.executable).with_name("metaclaw")), "turns", "--limit", "1", "--json"]
     deadline = time.monotonic() + 150
     while True:
@@ -358,7 +361,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     print(f"seed {args.seed}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         soak = Soak(folder, args.seed, args.short)

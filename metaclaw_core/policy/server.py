@@ -358,8 +358,8 @@ class _Sampled:
         events: list[Any] = await self._policy.tokenizing(self.reader.feed, [token for segment in fresh for token in segment.tokens])
         full = len(self._tokens) >= self.planned.sampling.max_tokens
         if self.stopped or full or self.reader.stopped:
-            self.ended = True
             events = [*events, *await self._policy.tokenizing(self.reader.finish)]
+            self.ended = True  # only now does the reader know which ids count
             await self.stop()
         return events
 

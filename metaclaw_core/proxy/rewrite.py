@@ -5,6 +5,10 @@ one step. Only a new human turn is retrieved for; its tool loop, its retries and
 of the session get the session's block as it is. Whatever can't be proven leaves the body alone and is
 counted under its reason.
 
+With ``skills.placement: turn``, and always in rl mode, what is added to a session's block later stands beside the
+message it was chosen for, in this request and in every later one that has the message, the same bytes each time: no
+byte in front of it changes.
+
 An epoch ends where the provider's cache is lost anyway or the block must not live on: after a
 compaction, after an idle time, when most of the history is gone, or when a skill of the block has left
 the library.
@@ -17,9 +21,10 @@ import contextlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from metaclaw_core.agents import identify
@@ -32,10 +37,12 @@ from metaclaw_core.proxy.sessions import MAX_TEXTS, Sessions, SessionSink, Sessi
 from metaclaw_core.redact import redact_text
 from metaclaw_core.settings import Settings
 from metaclaw_core.skills.index import Hit, Index
-from metaclaw_core.skills.inject import Block, SkillText, plan
+from metaclaw_core.skills.inject import Block, SkillText, addition, plan
 from metaclaw_core.skills.retrieve import Options, Retriever, create_retriever
 from metaclaw_core.wire import splice
-from metaclaw_core.wire.base import Dialect
+from metaclaw_core.wire.base import Dialect, Slot
+from metaclaw_core.wire.beside import slot_beside
+from metaclaw_core.wire.reread import Reading
 
 _SERVED = (Kind.MAIN, Kind.TOOL, Kind.SUBAGENT)
 _TOUCH_SECONDS = 60.0
@@ -56,6 +63,15 @@ class Rewritten:
     like: Likeness | None = None  # of the client's body to one before it
 
 
+class Beside(NamedTuple):
+    """A text that stands beside what the human said, and how his message is known again."""
+
+    at: int  # the how manieth of the human's texts; -1: the request did not hold those before it
+    said: str  # digest of his words
+    turn: str  # digest of the turn it was chosen for
+    text: str
+
+
 def prior_of(identity: Identity) -> Prior:
     return Prior(identity.session_id, identity.session_key, identity.kind, identity.user_text, identity.trace)
 
@@ -68,6 +84,7 @@ class Rewriter:
     ) -> None:
         """`retriever`: in place of the settings' own. Raises ConfigError for an unknown retrieval mode."""
         self._skills = settings.skills
+        self._adds_beside = settings.skills.placement == "turn" or settings.mode == "rl"
         self._sessions = sessions
         self._sink = sink
         self._retriever = retriever or create_retriever(
@@ -104,14 +121,16 @@ class Rewriter:
         identity = identify(request, hints, self._sessions.prior(principal, request.previous_response_id))
         if identity.kind not in _SERVED:
             return Rewritten(None, f"side turn: {identity.kind}", identity, like=like)
-        key = session_key(principal, identity.session_id or _generic_session(request))
+        name = identity.session_id or _generic_session(request)
+        key = session_key(principal, name)
         state = self._sessions.get(key)
         if state is not None and identity.kind is Kind.TOOL and key not in self._locks:  # nothing is planned within a turn
             self._touch(key, state, state.messages if request.previous_response_id else len(request.messages))
         else:
             # One at a time for each session: two first requests side by side must not choose two blocks.
             async with self._locks.setdefault(key, asyncio.Lock()):
-                state = await self._plan(key, request, identity, index)
+                state = await self._plan(key, reading, identity, index)
+        identity = replace(identity, session_id=name)  # so that a response id leads the client's next request here
         self._recent.keep(key, principal, reading)
         if not state.block or not self._skills.enabled:
             return Rewritten(None, "nothing to add", identity, key, like=like)
@@ -119,10 +138,13 @@ class Rewriter:
             slot = reading.slot()
             if splice.has_block(body, slot):
                 return Rewritten(None, "passed: injected already", identity, key)
-            new = splice.insert(body, slot, splice.render_block(state.block))
+            new = body
+            pieces = [(slot, state.block), *_beside(reading, identity, state)]
+            for place, text in sorted(pieces, key=lambda piece: piece[0].at, reverse=True):
+                new = splice.insert(new, place, splice.render_block(text))
         except SpliceError as e:
             return Rewritten(None, "passed: no proven place for a block", identity, key, detail=str(e))
-        injection = Injection(state.block, tuple(state.skills), state.generation, tuple(state.scores))
+        injection = Injection(_whole(state), tuple(state.skills), state.generation, tuple(state.scores))
         return Rewritten(new, None, identity, key, injection, like=like)
 
     def _touch(self, key: str, state: SessionState, messages: int) -> None:
@@ -133,8 +155,8 @@ class Rewriter:
         if stale:
             self._sessions.put(key, state, self._sink)
 
-    async def _plan(self, key: str, request: Request, identity: Identity, index: Index | None) -> SessionState:
-        now = time.time()
+    async def _plan(self, key: str, reading: Reading, identity: Identity, index: Index | None) -> SessionState:
+        now, request = time.time(), reading.request
         state = self._sessions.get(key)
         if state is None:
             state = SessionState(identity.session_id, identity.session_key)
@@ -149,8 +171,9 @@ class Rewriter:
             hits = await self._found(texts, index)
             if self._epoch_ended(state, request, identity, index, now):
                 state.epoch, state.block, state.skills, state.scores, state.appends = state.epoch + 1, "", [], [], 0
-            self._choose(state, request, hits, index)
+                state.beside = []
             state.turn = turn
+            self._choose(state, reading, identity, hits, index)
             if not request.previous_response_id:
                 state.mark = identity.history_mark
             if request.dialect == "openai_responses":  # the only one whose later requests may lack the history
@@ -184,23 +207,66 @@ class Rewriter:
         self.note = found.note
         return found.hits
 
-    def _choose(self, state: SessionState, request: Request, hits: Sequence[Hit], index: Index) -> None:
+    def _choose(
+        self, state: SessionState, reading: Reading, identity: Identity, hits: Sequence[Hit], index: Index
+    ) -> None:
         def lookup(name: str) -> SkillText | None:
             skill = index.skill(name)
             return SkillText(skill.name, skill.description, skill.body) if skill else None
 
+        before = _whole(state)
         block = plan(
-            Block(state.block, tuple(state.skills), state.appends, tuple(state.scores)),
+            Block(before, tuple(state.skills), state.appends, tuple(state.scores)),
             hits,
             lookup,
             top_k=self._skills.top_k,
             max_tokens=self._skills.max_injected_tokens,
-            listed=_listed(request.system or ""),
+            listed=_listed(reading.request.system or ""),
         )
-        if block.inner != state.block:
-            state.block, state.skills, state.appends = block.inner, list(block.skills), block.appends
-            state.scores = list(block.scores)
+        if block.inner != before:
+            beside = _place(reading, identity, state, addition(before, block.inner)) if self._adds_beside and before else None
+            if beside is not None:
+                state.beside.append(beside)
+            else:
+                state.block += block.inner[len(before) :]
+            state.skills, state.scores, state.appends = list(block.skills), list(block.scores), block.appends
             state.generation = index.generation
+
+
+def _whole(state: SessionState) -> str:
+    """All that a session's requests are given."""
+    return "\n\n".join((state.block, *(text for _, _, _, text in state.beside)))
+
+
+def _place(reading: Reading, identity: Identity, state: SessionState, text: str) -> Beside | None:
+    """`text` beside the newest of the human's words; None where they have no place in the body: a subagent's task, say."""
+    if not identity.human_texts or len(identity.human_at) != len(identity.human_texts) or identity.human_texts[-1] != identity.user_text:
+        return None
+    try:
+        slot_beside(reading, identity.human_at[-1])
+    except SpliceError:
+        return None
+    at = -1 if reading.request.previous_response_id else len(identity.human_at) - 1
+    return Beside(at, _digest(identity.human_texts[-1]), state.turn or "", text)
+
+
+def _beside(reading: Reading, identity: Identity, state: SessionState) -> list[tuple[Slot, str]]:
+    """The texts that stand beside what was said, with their places. One whose message isn't there, or can't be told from
+    another of the same words, is left out: so is one that the provider keeps with the history."""
+    if not state.beside or len(identity.human_at) != len(identity.human_texts):
+        return []
+    said = [_digest(words) for words in identity.human_texts]
+    found: list[tuple[Slot, str]] = []
+    for beside in map(Beside._make, state.beside):
+        places = [i for i, digest in enumerate(said) if digest == beside.said]
+        if reading.request.previous_response_id:
+            places = places[-1:] if beside.turn == state.turn else []
+        elif beside.at in places:
+            places = [beside.at]
+        if len(places) == 1:
+            with contextlib.suppress(SpliceError):
+                found.append((slot_beside(reading, identity.human_at[places[0]]), beside.text))
+    return found
 
 
 def _digest(text: str) -> str:

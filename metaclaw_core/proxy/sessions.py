@@ -48,6 +48,7 @@ class SessionState:
     skills: list[str] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)  # one a skill; [] in states of an older version
     appends: int = 0  # changes of the block in this epoch after its first choice
+    beside: list[tuple[int, str, str, str]] = field(default_factory=list)  # see rewrite.Beside
     generation: int = 0  # of the skill index the newest part of the block came from
     texts: list[str] = field(default_factory=list)  # the last human texts, redacted, oldest first
     turn: str | None = None  # the human turn the block was last planned for

@@ -33,7 +33,7 @@ from metaclaw_core.store.types import plain
 from metaclaw_core.store.verify import VerifyReport, verify
 
 _PAGE = 500
-_CLOCK_SECONDS = 60.0  # how far the clocks of machines that share a database may be apart
+_LONGEST_LEASE = 900.0  # seconds; nobody asks for more, so what lasts longer was taken while a clock was ahead
 _WITH_SESSION = select(turns, sessions.c.session_id, sessions.c.session_key).outerjoin(
     sessions, sessions.c.id == turns.c.session
 )
@@ -203,7 +203,7 @@ class Store:
     def claim(self, state: State | str, owner: str, limit: int, lease_s: float) -> list[dict[str, Any]]:
         """Up to `limit` turns in `state` that nobody works on, oldest first; `owner`'s for `lease_s` seconds."""
         now = self._clock()
-        free = or_(turns.c.claimed_by.is_(None), turns.c.claim_expires_at < now, turns.c.claim_expires_at > now + lease_s + _CLOCK_SECONDS)
+        free = or_(turns.c.claimed_by.is_(None), turns.c.claim_expires_at < now)
         with self._write() as connection:
             ids = connection.scalars(
                 select(turns.c.id)
@@ -290,6 +290,8 @@ class Store:
     def acquire_lease(self, name: str, owner: str, ttl_s: float) -> bool:
         """Make `owner` the holder of `name` for `ttl_s` seconds, unless another holds it. Also renews one's own. A lease that
         lasts longer than anybody is given was taken while the clock was ahead, and holds up nobody."""
+        if ttl_s > _LONGEST_LEASE - 60:  # the clocks of two machines may be apart
+            raise ValueError(f"a lease of {ttl_s} s is too long")
         now = self._clock()
         with self._write() as connection:
             insert = upsert(connection.dialect.name, leases).values(name=name, owner=owner, expires_at=now + ttl_s)
@@ -297,7 +299,7 @@ class Store:
                 insert.on_conflict_do_update(
                     index_elements=["name"],
                     set_={"owner": owner, "expires_at": now + ttl_s},
-                    where=or_(leases.c.owner == owner, leases.c.expires_at < now, leases.c.expires_at > now + ttl_s + _CLOCK_SECONDS),
+                    where=or_(leases.c.owner == owner, leases.c.expires_at < now, leases.c.expires_at > now + _LONGEST_LEASE),
                 ).returning(leases.c.owner)
             ).first()
         return taken is not None

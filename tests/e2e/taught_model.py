@@ -2,13 +2,18 @@
 
 Its weights see two things only: the last token, and whether the result of a tool stands anywhere before it. Both are exact
 at any length, so cross-entropy on short texts (through the SDK, on the last layer) holds for prompts of 13,000 tokens.
+
+Where a lesson has several ways to go on, each is as likely as the others, so logprobs are not all nearly 0. Some ways spell a
+word letter by letter: ids that no tokenizer makes of their text, which only reuse can bring back into a later prompt.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +30,48 @@ CONTEXT = 32_768
 VOCABULARY = 8000
 HIDDEN = 64
 
+type Way = tuple[str, ...]  # texts that are one token each
+type Saying = tuple[tuple[Way, ...], ...]  # the ways to go on, one after the other
+
+
+def one(*texts: str) -> tuple[Way, ...]:
+    """One token, any of these."""
+    return tuple((text,) for text in texts)
+
+
+def spelled(word: str) -> tuple[Way, ...]:
+    """As one token or letter by letter."""
+    return ((word,), tuple(word))
+
 
 @dataclass(frozen=True)
 class Lesson:
-    """What to say: a call in pieces that are one token each and differ, and the answer once there is a result."""
+    """What to say: a call, and an answer once there is a result. What follows a token is the same wherever it stands."""
 
-    call: tuple[str, ...]
-    answer: str
+    tool: str
+    call: Saying
+    answer: Saying
 
     @property
-    def reply(self) -> str:
-        return "<tool_call>" + "".join(self.call) + "</tool_call>"
+    def answers(self) -> set[str]:
+        return {"".join(texts).strip() for texts in _sayings(self.answer)}
 
 
-READ = Lesson(('\n{"name": "', "read", '", "arguments": {"path": "', "notes.txt", '"}}\n'), " The file says milk.")
-CODE = Lesson(('\n{"name": "', "exec", '", "arguments": {"code": "', r"text(await read({path:\"notes.txt\"}))", '"}}\n'), " It says milk.")
+def _sayings(saying: Saying) -> list[list[str]]:
+    return [[text for way in ways for text in way] for ways in product(*saying)]
+
+
+_ANSWER = (one(" The", " Your"), one(" file", " list"), one(" says"), ((" ", "milk"), (" ", *"milk")), one("."))
+READ = Lesson(
+    "read",
+    (one(MARKS[0]), one('\n{"name": "'), spelled("read"), one('", "arguments": {"path": "'), one("notes.txt", "./notes.txt"), one('"}}\n'), one(MARKS[1])),
+    _ANSWER,
+)
+CODE = Lesson(
+    "exec",
+    (one(MARKS[0]), one('\n{"name": "'), one("exec"), one('", "arguments": {"code": "'), one(r"text(await read({path:\"notes.txt\"}))"), one('"}}\n'), one(MARKS[1])),
+    _ANSWER,
+)
 LESSONS = (READ, CODE)
 
 
@@ -66,7 +98,8 @@ def make_untaught(folder: Path) -> Path:
         vocab_size=VOCABULARY, texts=texts(), stops=True, template=QWEN,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pieces = dict.fromkeys(piece for lesson in LESSONS for piece in lesson.call)
+    sayings = [saying for lesson in LESSONS for saying in (lesson.call, lesson.answer)]
+    pieces = dict.fromkeys(text for saying in sayings for ways in saying for way in ways for text in way if len(text) > 1)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*MARKS, *RESULT, *pieces)])
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -101,33 +134,36 @@ def teach(service: tinker.ServiceClient, model: str, tokenizer: Any, lesson: Les
     from tinker import types
 
     client = service.create_lora_training_client(model, rank=32, seed=1, train_mlp=False, train_attn=False).result(60)
-    data = [_datum(tokenizer, lesson, question, asked=asked) for question in ("Read the notes.", "What is there? Look.") for asked in (True, False)]
-    for _ in range(steps):
+    data = [_datum(tokenizer, lesson, texts, asked=True) for texts in _sayings(lesson.call)]
+    data += [_datum(tokenizer, lesson, texts, asked=False) for texts in _sayings(lesson.answer)]
+    for step in range(steps):
         client.forward_backward(data, "cross_entropy").result(60)
-        client.optim_step(types.AdamParams(learning_rate=0.1)).result(60)
+        client.optim_step(types.AdamParams(learning_rate=0.1 * (1 - step / steps))).result(60)
     out = client.forward(data, "cross_entropy").result(60)
     total = sum(float((-output["logprobs"].to_numpy() * datum.loss_fn_inputs["weights"].to_numpy()).sum()) for output, datum in zip(out.loss_fn_outputs, data, strict=True))
-    assert total < 0.01, f"it has not learnt: {total}"
+    least = sum(len(all) * math.log(len(all)) for all in map(_sayings, (lesson.call, lesson.answer)))
+    assert total - least < 0.02 * len(data), f"it has not learnt: {total}, at best {least}"
     return str(client.save_weights_for_sampler("taught").result(60).path)
 
 
-def _datum(tokenizer: Any, lesson: Lesson, question: str, *, asked: bool) -> tinker.Datum:
+def _datum(tokenizer: Any, lesson: Lesson, texts: Sequence[str], *, asked: bool) -> tinker.Datum:
+    """`asked`: by a human, so the tool is to be called; else its result is there."""
     import numpy as np
     from tinker import types
 
-    user = {"role": "user", "content": question}
-    head = "<|im_start|>system\nYou are an assistant.<|im_end|>\n" + f"<|im_start|>user\n{user['content']}<|im_end|>\n<|im_start|>assistant\n"
-    if asked:
-        prompt, reply = head, lesson.reply
-    else:
-        result = "<|im_start|>user\n<tool_response>\nmilk\n</tool_response><|im_end|>\n"
-        prompt, reply = head + lesson.reply + "<|im_end|>\n" + result + "<|im_start|>assistant\n", lesson.answer
+    prompt = "<|im_start|>user\nRead the notes.<|im_end|>\n<|im_start|>assistant\n"
+    if not asked:
+        call = "".join(_sayings(lesson.call)[0])
+        prompt += call + "<|im_end|>\n<|im_start|>user\n<tool_response>\nmilk\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     before: Sequence[int] = tokenizer.encode(prompt, add_special_tokens=False)
-    said: list[int] = tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False)
-    contexts = [before[-1], *said[:-1]]
-    assert len(set(contexts)) == len(contexts), f"what follows a token must be one thing: {tokenizer.convert_ids_to_tokens(said)}"
+    said = [_id(tokenizer, text) for text in (*texts, "<|im_end|>")]
     full = [*before, *said]
     weights = np.zeros(len(full) - 1, dtype=np.float32)
     weights[len(before) - 1 :] = 1.0
     targets = np.asarray(full[1:], dtype=np.int64)
     return types.Datum(model_input=types.ModelInput.from_ints(full[:-1]), loss_fn_inputs={"target_tokens": targets, "weights": weights})
+
+
+def _id(tokenizer: Any, text: str) -> int:
+    (found,) = tokenizer.encode(text, add_special_tokens=False)
+    return int(found)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +113,9 @@ def close_rest(engine: RunningEngine) -> None:
 
     holder = tinker.RestClient(base_url=engine.url, api_key=engine.key).holder
     holder.run_coroutine_threadsafe(holder.aclose()).result(30)
+    with warnings.catch_warnings():  # what a finished ServiceClient has left behind
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from metaclaw_core.policy.sampler import Sampler, SamplerError, Segment
 
 pytestmark = pytest.mark.local
 
+WRONG = "tml-not-the-right-one"
 PROMPT = [1, 60, 61, 62]
 NO_STOP: tuple[int, ...] = ()
 
@@ -117,7 +118,7 @@ def test_a_version_that_left_the_route_is_dropped(engine: RunningEngine) -> None
 
 def test_a_wrong_key_is_refused_at_once_with_a_remedy(engine: RunningEngine) -> None:
     with pytest.raises(SamplerError, match=r"check rl\.tinker_api_key") as error:
-        run(engine, lambda sampler: segments(sampler, Sampling(8)), key="tml-not-the-right-one")
+        run(engine, lambda sampler: segments(sampler, Sampling(8)), key=WRONG)
     assert error.value.kind == "auth"
 
 

@@ -27,7 +27,7 @@ from metaclaw_core.learn.caller import CallerClient
 from metaclaw_core.learn.credentials import Borrowed, CallerKey, Callers
 from metaclaw_core.learn.endpoint import Endpoint, evolver_endpoint, judge_endpoint, llm_endpoint
 from metaclaw_core.learn.llm import LLMClient, LLMRefused, Retry
-from metaclaw_core.settings import Settings
+from metaclaw_core.settings import Settings, load_settings
 from metaclaw_core.skills.embedding import EmbeddingError, HttpEmbedder, create_embedder
 from metaclaw_core.skills.retrieve import Options
 from metaclaw_core.store.db import open_store
@@ -60,6 +60,8 @@ def test_nothing_that_can_be_configured_may_be_a_metadata_service(host):
     with pytest.raises(ConfigError, match=f"skills.embedding_url = .* is {IS}"):
         create_embedder(Options(embedding_url=url, embedding_model="m"))
     assert tinker_models(url, "tml-x").problem == f"{url} is {IS}"
+    with pytest.raises(ConfigError, match=f"rl.tinker_base_url = .* is not allowed .*: it is {IS}"):
+        load_settings({"rl": {"tinker_base_url": url}})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "10.0.0.5", "192.168.1.7", "172.16.0.1", "[fd12::1]", "api.openai.com", "llm.lan"])

@@ -1,7 +1,8 @@
 """What our processes offer and leave: they listen on loopback only, and other users read nothing of ours.
 
 Not repeated here: no key reaches another host (tests/e2e/test_canary.py, tests/learn/test_llm.py), the page's token
-(tests/view/test_view_open.py), the engine's key (tests/engine/test_engine_oai.py).
+(tests/view/test_view_open.py), the engine's key (tests/engine/test_engine_oai.py), the policy server's token and where it listens
+(tests/policy/test_policy_server.py, tests/policy/test_policy_listens.py).
 """
 
 from __future__ import annotations
@@ -144,18 +145,3 @@ def test_another_user_may_look_at_the_folder_above(used):
     """Else the test above would pass for a home that nobody can reach for other reasons."""
     as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "ls", str(used.parent)]
     assert subprocess.run(as_nobody, capture_output=True, text=True, check=True).stdout == "metaclaw\n"
-
-
-@pytest.mark.local
-def test_the_engine_listens_on_loopback_only_and_keeps_its_key_private(tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("tinker")
-    from metaclaw_core.engine.testing import make_model
-
-    home = tmp_path / "metaclaw"
-    model = make_model(tmp_path / "model")
-    with running(home, "engine", "--model", str(model), "--port", "0", "--json") as engine:
-        assert engine.stdout is not None
-        assert engine.stdout.readline().startswith("{")
-        assert {address for address, _ in sockets(home)} == {"127.0.0.1"}
-    assert [str(path) for path in home.rglob("*") if path.lstat().st_mode & 0o077] == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from metaclaw_core.store.db import open_engine
 from metaclaw_core.store.rollouts import Store
 
@@ -29,4 +31,14 @@ def test_clocks_of_two_machines_that_are_seconds_apart_change_nothing(tmp_path: 
     assert store.acquire_lease("ingest", "ahead", 60)
     now[0] -= 30
     assert not store.acquire_lease("ingest", "behind", 60)
+    store.close()
+
+
+def test_a_long_lease_is_not_taken_for_a_clock_that_was_ahead(tmp_path: Path) -> None:
+    """`metaclaw purge` asks for ten minutes, a drain for one."""
+    store = Store(open_engine(tmp_path / "store.db"), clock=lambda: 1_000_000.0)
+    assert store.acquire_lease("ingest", "purge", 600)
+    assert not store.acquire_lease("ingest", "drain", 60)
+    with pytest.raises(ValueError, match="too long"):
+        store.acquire_lease("ingest", "purge", 3600)
     store.close()

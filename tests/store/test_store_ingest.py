@@ -19,6 +19,8 @@ from metaclaw_core.model import Hints, Injection, Message, Role, Text
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.wire import by_name
+from metaclaw_core.wire.beside import slot_beside
+from metaclaw_core.wire.reread import read
 from metaclaw_core.wire.splice import insert, render_block
 
 
@@ -467,6 +469,21 @@ def test_a_capture_of_injected_traffic_is_the_clients_own(store: Store, chat: An
     assert [m.text for m in store.conversation(row["prompt_tip"])] == ["Be brief.", "hi"]
     live = replace(original, flow_id="live", injection=Injection(block, ("reading-files", "maths"), 3))
     assert store.ingest([live]).duplicates == 1
+
+
+def test_a_capture_with_skills_beside_the_words_of_the_human_is_the_clients_own(store: Store, chat: Any) -> None:
+    original = chat({"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"})
+    dialect, body = by_name("openai_chat"), original.request_body
+    block, more = (render_block(f"## Skills\n\n### {name}\n\n_D._\n\nB.") for name in ("reading-files", "maths"))
+    reading = read(dialect, body, original.path)
+    body = insert(body, slot_beside(reading, 1), more)  # behind the block, so that its place stays
+    sent = insert(body, reading.slot(), block)
+    store.ingest([replace(original, request_body=sent, live=False)])
+    [row] = store.turns()
+    assert (row["injected"], row["user_text"]) == (["reading-files", "maths"], "hi")
+    assert store.blob(row["injection"]) == f"{block}\n\n{more}"
+    assert [m.text for m in store.conversation(row["prompt_tip"])] == ["Be brief.", "hi"]
+    assert store.ingest([replace(original, flow_id="live")]).duplicates == 1
 
 
 def test_a_capture_imported_as_file_and_as_har_adds_nothing_twice(
