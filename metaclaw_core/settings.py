@@ -124,7 +124,7 @@ class RL(_Section):
     evolver_model: str = ""
     support_share: float = Field(0.25, ge=0, le=1)  # of the sessions, in rl mode: they write skills and train nothing
     train: bool = True  # False: requests go to the own model as it is, and no step is made
-    algorithm: Literal["single", "grpo"] = "single"
+    algorithm: Literal["single"] = "single"  # one reply a prompt, against a running expectation
     loss: Literal["importance_sampling", "cispo", "ppo"] = "importance_sampling"
     learning_rate: float | None = Field(None, gt=0)  # None: 2e-5 * sqrt(min(batch_size, 32) / 32)
     max_staleness: int = Field(2, ge=0)  # versions that a sample, or a session's pinned weights, may lag behind
@@ -133,8 +133,6 @@ class RL(_Section):
     warmup_turns: int = Field(50, ge=0)  # answered by the upstream first; the policy is only probed
     checkpoint_every: int = Field(10, ge=1)  # steps; which older states are kept
     checkpoint_ttl_hours: float = Field(168, ge=1)  # of what is no longer in use
-    group_size: int = Field(4, ge=2, le=64)  # grpo: fresh answers to a logged prompt
-    grpo_tools: bool = False  # grpo also where the reply is a tool call
     schedule: Literal["immediate", "windows"] = "immediate"
     sleep_hours: str = "01:00-07:00"  # local time; windows: training may run then
     idle_minutes: int = Field(15, ge=0)  # windows: and where no request came for so long; 0: only in sleep_hours

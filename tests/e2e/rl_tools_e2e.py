@@ -20,7 +20,7 @@ import httpx
 from mitmproxy import http
 from mitmproxy.io import FlowReader
 
-from metaclaw_core.model import Message, Request, Role, ToolCall
+from metaclaw_core.model import Message, Request, Response, Role, ToolCall
 from metaclaw_core.policy.canonical import reply_key
 from metaclaw_core.store.samplefile import continued
 from metaclaw_core.wire import by_name, find_route
@@ -109,8 +109,8 @@ class Conversation:
                 return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "remember the milk"}]}
 
 
-def read_answer(dialect: str, body: bytes, *, stream: bool) -> Any:
-    """A `model.Response`. Raises WireError."""
+def read_answer(dialect: str, body: bytes, *, stream: bool) -> Response:
+    """Raises WireError."""
     if not stream:
         return by_name(dialect).parse_response(body)
     parser = by_name(dialect).stream_parser()
@@ -139,6 +139,7 @@ def sent(file: Path, sessions: Mapping[str, str]) -> Iterator[Sent]:
         request = found[0].parse_request(flow.request.content or b"", flow.request.path)
         assert flow.response is not None
         response = read_answer(found[0].name, flow.response.content or b"", stream=request.stream)
+        assert response.message is not None
         if request.previous_response_id is not None:
             request = replace(request, messages=continued(chains[request.previous_response_id], request.messages))
         if response.id is not None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from e2e_tools import ROOT
 from mitmproxy import http
 from mitmproxy.io import FlowReader
+from openclaw_tools import SCRIPTS
 from render_help import MARKS, QWEN
 
 if TYPE_CHECKING:
@@ -76,13 +77,18 @@ LESSONS = (READ, CODE)
 
 
 def texts() -> Iterator[str]:
-    """English for the vocabulary: our skills and README. What the captures say is scrambled, but not their tools' form."""
+    """English for the vocabulary: our skills and README, and what OpenClaw sends, which then has some 13,000 tokens. Our
+    own copies of the captures hold its tools as they are, but scrambled prose: with them a prompt has 22,000."""
     for path in (ROOT / "README.md", *sorted((ROOT / "skills").glob("*/SKILL.md"))):
         yield path.read_text(encoding="utf-8")
-    with (ROOT / "tests/captures/openai-completions.mitm").open("rb") as file:
+    full = SCRIPTS.parent / "captures"
+    captures = full if full.is_dir() else ROOT / "tests/captures"
+    with (captures / "openai-completions.mitm").open("rb") as file:
         for flow in FlowReader(file).stream():
-            if isinstance(flow, http.HTTPFlow) and (tools := json.loads(flow.request.content or b"{}").get("tools")):
-                yield json.dumps(tools)
+            body = json.loads((isinstance(flow, http.HTTPFlow) and flow.request.content) or b"{}")
+            if body.get("tools"):
+                yield json.dumps(body["tools"])
+                yield from (m["content"] for m in body["messages"] if isinstance(m["content"], str))
 
 
 def make_untaught(folder: Path) -> Path:
