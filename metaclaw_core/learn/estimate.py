@@ -5,7 +5,7 @@ are, as the providers counted. A model's price list makes USD of it: each reques
 once, as a step makes one pass over prompt and answer. A price or a count that is unknown makes the cost unknown.
 
 Limits: another tokenizer counts otherwise, by some tens of per cent; prompts that a cache serves are priced as if none did;
-the judge and siblings (rl.algorithm: grpo) come on top.
+the judge comes on top.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A tiny model that does what it was taught however long the prompt: a tool call, and after its result an answer.
 
 Its weights see two things only: the last token, and whether the result of a tool stands anywhere before it. Both are exact
-at any length, so cross-entropy on short texts (through the SDK, on the last layer) holds for prompts of 13,000 tokens.
+at any length, so cross-entropy on short texts (through the SDK, on the last layer) holds for prompts of 20,000 tokens.
 
 Where a lesson has several ways to go on, each is as likely as the others, so logprobs are not all nearly 0. Some ways spell a
 word letter by letter: ids that no tokenizer makes of their text, which only reuse can bring back into a later prompt.
@@ -77,8 +77,8 @@ LESSONS = (READ, CODE)
 
 
 def texts() -> Iterator[str]:
-    """English for the vocabulary: our skills and README, and what OpenClaw sends, which then has some 13,000 tokens. Our
-    own copies of the captures hold its tools as they are, but scrambled prose: with them a prompt has 22,000."""
+    """English for the vocabulary: our skills and README, and what OpenClaw sends, which then has 16,000 to 20,000 tokens. Our
+    own copies of the captures hold its tools as they are, but scrambled prose: with them it has 22,000 and more."""
     for path in (ROOT / "README.md", *sorted((ROOT / "skills").glob("*/SKILL.md"))):
         yield path.read_text(encoding="utf-8")
     full = SCRIPTS.parent / "captures"

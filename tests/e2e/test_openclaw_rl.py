@@ -4,7 +4,7 @@ A tiny model, taught through the SDK, calls a tool and then answers. So whole tu
 the LLM of the kit receives is what the policy server could not or must not answer.
 
 The tests share one stage and its record; the last ones look at all that was sampled in it. Most of the 200 turns they want
-are short ones of a plain client through the same proxy, as OpenClaw's have 13,000 tokens each.
+are short ones of a plain client through the same proxy, as OpenClaw's have up to 20,000 tokens each.
 """
 
 from __future__ import annotations
