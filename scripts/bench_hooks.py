@@ -11,7 +11,9 @@ message, `cont` one of its tool loop, `all` the mean over all requests; `writer`
 redaction and commit included. Bars, hooks and writer together: at 60 kB ≤ 0.4 ms a request; at 400 kB ≤ 0.4 ms `cont` and
 ≤ 1.8 ms `new`. Exit status 1 where one is broken.
 
-What the profile says (60 kB, 2 shared cores, 0.30 ms a request): …
+What a request at 60 kB costs where (least of 1,200, in µs): headers 13, reading the body by the one before 46, who
+speaks 25, the copy with the block 11, record and queue 20; a new human message 94 for retrieval and 29 for the session's
+state; the writer 52 for a row. Under load the medians are about twice that.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from metaclaw_core.prefix import Likeness, likeness
 from metaclaw_core.wire.base import Dialect
 from metaclaw_core.wire.reread import Reading, read, reread
 
-MAX_ENTRIES = 64
+MAX_ENTRIES = 24
 MAX_BYTES = 4 << 20  # of bodies; what was read from them takes twice that
 _TRIED = 4
 _ENOUGH = 0.95  # of the older body: it is a request of the same session, no better one will be found

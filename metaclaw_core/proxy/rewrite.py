@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -228,7 +229,7 @@ class Rewriter:
             if beside is not None:
                 state.beside.append(beside)
             else:
-                state.block += block.inner[len(before) :]
+                state.block = sys.intern(state.block + block.inner[len(before) :])  # many sessions have the same
             state.skills, state.scores, state.appends = list(block.skills), list(block.scores), block.appends
             state.generation = index.generation
 

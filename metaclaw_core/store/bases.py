@@ -21,7 +21,7 @@ from metaclaw_core.prefix import Likeness, likeness
 from metaclaw_core.redact import redact, redact_between
 
 FROM_BYTES = 16 * 1024  # a smaller body stands for itself
-_KEPT_BYTES = 4 << 20
+_KEPT_BYTES = 3 << 20
 _TRIED = 4  # of a caller's
 _NEAR = 8 * 1024  # bytes, or a sixteenth of the body: that much may differ from a base
 

@@ -75,6 +75,7 @@ async def answers(
     prompt: Sequence[int] = (10, 11, 12, 13),
     max_tokens: int = 4,
     sessions: int = 4,
+    **fields: Any,
 ) -> list[float | None]:
     """`count` replies of the weights at `path`, put into the store; their rewards."""
     replies = await where.sample(path, prompt, n=count, max_tokens=max_tokens, stop_ids=())
@@ -82,5 +83,5 @@ async def answers(
     for n, reply in enumerate(replies, first):
         rewards.append(reward(reply.tokens))
         values = {"reward": rewards[-1], "session": f"s{n % sessions}", "version": version, "base_model": where.base_model}
-        put(store, n, prompt, reply.tokens, reply.logprobs.tolist(), **values)
+        put(store, n, prompt, reply.tokens, reply.logprobs.tolist(), **(values | fields))
     return rewards
