@@ -24,9 +24,11 @@ from pathlib import Path
 
 import click
 from mitmproxy import exceptions, options, optmanager
+from mitmproxy.addonmanager import AddonManager
 from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, script, tlsconfig
 from mitmproxy.addons.save import Save
 from mitmproxy.addons.savehar import SaveHar
+from mitmproxy.addons.termlog import TermLog
 from mitmproxy.master import Master
 from mitmproxy.proxy import mode_specs
 from mitmproxy.tools.dump import DumpMaster
@@ -35,6 +37,7 @@ from metaclaw_core.errors import ConfigError, MetaClawError
 from metaclaw_core.proxy import hosts
 from metaclaw_core.proxy.addon import addons_for_script
 from metaclaw_core.proxy.ca import confdir, ensure_ca
+from metaclaw_core.proxy.dispatch import DirectAddons
 from metaclaw_core.proxy.options import OPTIONS, PREFIX, layer
 from metaclaw_core.proxy.startoptions import StartOptions, check_sets, written_down
 from metaclaw_core.settings import Settings, home, load_settings, nest, private_dir, skills_settings, typed
@@ -78,8 +81,11 @@ class Lean(Master):
     """mitmproxy's master with the addons that a forward proxy for LLM traffic needs."""
 
     def __init__(self, opts: options.Options) -> None:
-        super().__init__(opts, with_termlog=True)
-        self.addons.add(
+        super().__init__(opts)
+        self.addons: AddonManager = DirectAddons(self)
+        self._termlog_addon = TermLog()
+        self.addons.add(  # type: ignore[no-untyped-call]
+            self._termlog_addon,
             core.Core(),
             disable_h2c.DisableH2C(),
             proxyserver.Proxyserver(),

@@ -35,6 +35,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -199,7 +200,7 @@ class Index:
         """The skill as it was indexed, without metadata and source; None: not in the index."""
         state = self._state
         at = state.positions.get(name)
-        return None if at is None else decode(state.contents[at])
+        return None if at is None else _decoded(bytes(state.contents[at]))
 
     def snapshot(self) -> Index:
         """The same index now, which later changes to this one don't reach."""
@@ -250,6 +251,7 @@ class Index:
         return self
 
 
+_decoded = lru_cache(maxsize=64)(decode)  # the same few skills are shown again and again
 _FEW = 200  # skills; so many are sorted faster than numpy is called
 
 
