@@ -39,6 +39,8 @@ PROVIDERS = (
     "chatgpt.com",
 )
 
+_SUFFIXES = tuple(f".{known}" for known in PROVIDERS)
+
 
 def host_of(url_or_host: str) -> str | None:
     """The host name of a URL or of ``host[:port]``, lower case; None if there is none."""
@@ -52,9 +54,7 @@ def host_of(url_or_host: str) -> str | None:
 def is_trusted(host: str, port: int, hosts: Iterable[str]) -> bool:
     """Is it a known provider, or one of `hosts` (``proxy.hosts``: a name, ``name:port`` or a URL)?"""
     host = host.lower()
-    if any(host == known or host.endswith(f".{known}") for known in PROVIDERS):
-        return True
-    return any(_names(entry, host, port) for entry in hosts)
+    return f".{host}".endswith(_SUFFIXES) or any(_names(entry, host, port) for entry in hosts)
 
 
 def _names(entry: str, host: str, port: int) -> bool:
