@@ -8,14 +8,17 @@ much memory (building the index imports scikit-learn) runs in a process of its o
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaclaw_core.errors import MetaClawError
 from metaclaw_core.settings import Settings, skills_settings
-from metaclaw_core.store.drain import DrainReport, drain_under_lease
+from metaclaw_core.store.drain import DrainReport, drain_under_lease, last_written
 from metaclaw_core.store.rollouts import Store
 
 if TYPE_CHECKING:
@@ -29,9 +32,53 @@ if TYPE_CHECKING:
     from metaclaw_core.learn.training import StepReport, Trainer
 
 
-async def ingest(store: Store, home: Path) -> DrainReport:
-    """Take in what lies in the spools."""
-    return await asyncio.to_thread(drain_under_lease, store, home / "spool")
+INGEST_SECONDS = 2.0  # what is recorded is in the store so soon, however much comes
+_PAUSE_SECONDS = 0.4  # without a request: then it is taken in at once
+_BUSY_RATE = 20.0  # exchanges a second
+_LONGEST_WAIT = 60.0  # seconds
+
+
+class Intake:
+    """Takes in what lies in the spools; one per worker, asked every half second or so.
+
+    The processor is the proxy's while requests come: then it is taken in together, every `INGEST_SECONDS`. Once they
+    pause it is taken in at once.
+    """
+
+    def __init__(self, store: Store, home: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._folder = home / "spool"
+        self._clock = clock
+        self._began = -math.inf  # of the last round
+        self._written: float | None = None  # as `last_written` was after it
+        self._rate = 0.0
+        self._calm_at = clock()
+
+    async def look(self) -> DrainReport:
+        """One look, and what is to be done."""
+        since = self._clock() - self._began
+        if since < INGEST_SECONDS:
+            written = last_written(self._folder)
+            if written == self._written or (written is not None and 0 <= time.time() - written < _PAUSE_SECONDS):
+                return DrainReport()
+        return await self.take_in()
+
+    async def take_in(self) -> DrainReport:
+        """All there is, now."""
+        began = self._clock()
+        report = await asyncio.to_thread(drain_under_lease, self._store, self._folder)
+        self._rate = report.stored / min(max(began - self._began, _PAUSE_SECONDS), INGEST_SECONDS)  # it waited no longer
+        self._began = began
+        self._written = last_written(self._folder)
+        return report
+
+    def put_off(self) -> bool:
+        """Should what can wait wait? While very much comes, and for a minute at most."""
+        now = self._clock()
+        if self._rate < _BUSY_RATE or now - self._calm_at > _LONGEST_WAIT:
+            self._calm_at = now
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +165,12 @@ async def _build_index() -> IndexReport:
     return IndexReport(built=True, skills=report["skills"], problems=tuple(report["problems"]))
 
 
-async def evolve(evolver: Evolver) -> EvolveReport | None:
-    """Write skills from what has ended. None: another process is at it."""
+async def evolve(evolver: Evolver, put_off: Callable[[], bool] = lambda: False) -> EvolveReport | None:
+    """Write skills from what has ended. None: another process is at it, or it is put off."""
     from metaclaw_core.learn.runs import JobBusy
 
+    if put_off():
+        return None
     try:
         return await evolver.run()
     except JobBusy:

@@ -8,6 +8,7 @@ stretch that differs the place is searched, by halving.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _STRETCH = 16 * 1024
@@ -29,6 +30,19 @@ def likeness(other: bytes, body: bytes) -> Likeness:
     """Of `body` to `other`."""
     prefix = common_prefix(other, body)
     return Likeness(other, prefix, common_suffix(other, body, min(len(other), len(body)) - prefix))
+
+
+def longest(bodies: Iterable[bytes], body: bytes) -> tuple[int, int]:
+    """(place, length) of the longest common prefix that one of `bodies` has with `body`, the first of equals; (-1, 0) for no
+    bodies. Of most one byte is looked at: the one behind what the best one so far shares."""
+    best, length = -1, 0
+    for place, other in enumerate(bodies):
+        if best >= 0 and (len(other) <= length or other[length : length + 1] != body[length : length + 1]):
+            continue
+        prefix = common_prefix(other, body)
+        if best < 0 or prefix > length:
+            best, length = place, prefix
+    return best, length
 
 
 def common_prefix(a: bytes, b: bytes) -> int:

@@ -4,6 +4,11 @@ Design: intervals with ``coalesce`` and one instance each, so a slow job delays 
 fails is logged and tried again at its next tick, with nothing half done (see ``jobs``). Started by the
 proxy it ends when its stdin closes, so none outlives a killed proxy.
 
+The processor is the proxy's: the worker is as nice as can be, takes in what was recorded together while requests come
+(`jobs.Intake`), and evolves skills once they are fewer. It is not put into the kernel's idle class. Measured, a
+process that wakes up beside it waits no less; and starved there it would hold the spool's write lock, and without
+privileges there is no way back.
+
 Limits: what it says goes to ``logs/worker.log``; it serves no traffic and opens no port.
 """
 
@@ -41,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("metaclaw.worker")
 
-INGEST_SECONDS = 2.0
+LOOK_SECONDS = 0.5  # at the spools
 INDEX_SECONDS = 1.0
 EVOLVE_SECONDS = 10.0
 SKILLS_SECONDS = 300.0
@@ -86,9 +91,10 @@ async def serve(*, follow_stdin: bool) -> None:
 
     keeper = jobs.IndexKeeper(settings, here)
     every(INDEX_SECONDS, "index", keeper.refresh)
-    every(INGEST_SECONDS, "ingest", lambda: jobs.ingest(store, here))
+    intake = jobs.Intake(store, here)
+    every(LOOK_SECONDS, "ingest", intake.look)
     if evolver is not None:
-        every(EVOLVE_SECONDS, "evolve", lambda: jobs.evolve(evolver))
+        every(EVOLVE_SECONDS, "evolve", lambda: jobs.evolve(evolver, intake.put_off))
     if judge is not None:
         every(SCORE_SECONDS, "score", lambda: jobs.score(store, settings, judge))
         started = time.monotonic()
@@ -118,7 +124,7 @@ async def serve(*, follow_stdin: bool) -> None:
             await judge.aclose()
         if trainer is not None:
             await trainer.aclose()
-        await _logged("ingest", lambda: jobs.ingest(store, here))
+        await _logged("ingest", intake.take_in)
         store.close()
 
 

@@ -4,7 +4,9 @@
 
 The traffic is synthetic: each session has a 42 kB system prompt, 12 kB of tools, and grows by a human
 message, a tool call, a 4 kB result and an answer; a turn is one exchange. Targets on two cores: at least
-300 exchanges a second, memory flat from the first quarter on, and less than 10 % of the request bodies on disk.
+300 exchanges a second, memory flat from the first quarter on but for what is remembered of bodies (`store.recall`: 8 MB of
+them, three times that in all), and less than 10 % of the request bodies on disk. `bench_ingest_stages.py` says where
+the time goes, in real sessions of three sizes.
 """
 
 from __future__ import annotations

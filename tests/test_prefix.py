@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaclaw_core.prefix import common_prefix, common_suffix
+from metaclaw_core.prefix import common_prefix, common_suffix, longest
 
 BODY = st.binary(max_size=60) | st.integers(0, 3).map(lambda n: b"ab" * 8191 * n + b"c" * n)
 
@@ -29,3 +29,10 @@ def test_prefix_and_suffix_are_those_of_the_obvious_loop(start, a, b, end):
 def test_the_suffix_stops_at_its_limit():
     assert common_suffix(b"abcabc", b"xbcabc", 3) == 3
     assert common_suffix(b"", b"x", 5) == 0
+
+
+@given(st.lists(BODY, max_size=5), BODY)
+def test_the_longest_prefix_is_that_of_the_obvious_loop(bodies, body):
+    lengths = [naive_prefix(other, body) for other in bodies]
+    length = max(lengths, default=0)
+    assert longest(bodies, body) == (lengths.index(length) if lengths else -1, length)

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any, Protocol
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import Row, func, select, update
 
 from metaclaw_core.errors import WireError
 from metaclaw_core.learn import edits as editing
@@ -162,11 +162,16 @@ class Evolver:
         return tally.report()
 
     async def _segment(self, row: Row[Any], library: Library, tally: Tally) -> None:
+        if row.state == "waiting" and (why := tally.put_off.get(self._asked_for(row))):
+            await self._put_off(row, *why, tally)  # done, unless it has come since
+            return
         why_not = await asyncio.to_thread(self._ineligible, row)
         if why_not is None and self._llm is None:
             waits = await asyncio.to_thread(self._waits, row)
             if waits is not None:
                 await self._postpone(row, waits.reason, waits.text, tally, attempts=row.attempts)
+                if waits.reason == "paused":
+                    await self._put_off(row, waits.reason, waits.text, tally)
                 return
         told = await asyncio.to_thread(tell, self._store, row) if why_not is None else None
         if told is not None:
@@ -181,6 +186,8 @@ class Evolver:
         except (LLMUnavailable, BudgetExhausted) as e:
             waiting = "budget" if isinstance(e, BudgetExhausted) else "llm"
             await self._postpone(row, waiting, str(e), tally, attempts=row.attempts + (waiting == "llm"))
+            if waiting == "llm":
+                await self._put_off(row, waiting, str(e), tally)
             return
         except (LLMRefused, WireError) as e:
             if row.attempts + 1 >= _ATTEMPTS:
@@ -206,6 +213,10 @@ class Evolver:
         decisions = _decided(proposal.edits, ground, library)
         await asyncio.to_thread(propose, self._store, row.id, decisions, model)
         self._step("proposed")
+
+    def _asked_for(self, row: Row[Any]) -> str | None:
+        """Whose model is asked about a segment; None: the one that the settings name."""
+        return None if self._llm is not None else str(row.principal)
 
     def _waits(self, row: Row[Any]) -> Waiting | None:
         """Why the caller's model can't be asked at all; None: it may be, if the share is enough."""
@@ -308,6 +319,16 @@ class Evolver:
             next_try_at=self._clock() + pause,
         )
 
+    async def _put_off(self, row: Row[Any], reason: str, text: str, tally: Tally) -> None:
+        """All that the model of `row` would be asked about: there may be very many, and it is of no use now."""
+        whose = self._asked_for(row)
+        pause = _RETRY_SECONDS[0] if reason == "llm" else _WAIT_SECONDS
+        now = self._clock()
+        tally.put_off[whose] = (reason, text)
+        tally.waiting[reason] += await asyncio.to_thread(
+            _put_off_all, self._store, whose, now, f"waiting({reason}): {text}", now + pause
+        )
+
 
 def is_support(session_id: str, share: float) -> bool:
     """In rl mode: does this session write skills (True) or train the model?"""
@@ -324,6 +345,7 @@ class Tally:
         self.asked = self.skipped = self.failed = 0
         self.waiting: dict[str, int] = {}
         self.problems: list[str] = []
+        self.put_off: dict[str | None, tuple[str, str]] = {}  # whose model is of no use in this run → (reason, words)
         self._names: dict[str, list[str]] = {"active": [], "candidate": [], "quarantined": [], "archived": []}
         self._dropped: list[str] = []
 
@@ -408,6 +430,15 @@ def _open_segments(store: Store, now: float) -> Sequence[Row[Any]]:
             .order_by(segments.c.state, segments.c.ended_at)
             .limit(_SEGMENTS_AT_ONCE)
         ).all()
+
+
+def _put_off_all(store: Store, principal: str | None, now: float, detail: str, until: float) -> int:
+    """Those that wait to be worked on, of one principal or of all; how many."""
+    waiting = [segments.c.state == "waiting", segments.c.next_try_at <= now]
+    if principal is not None:
+        waiting.append(segments.c.principal == principal)
+    with store.transaction() as db:
+        return db.execute(update(segments).where(*waiting).values(detail=detail, next_try_at=until, updated_at=now)).rowcount
 
 
 def _iso(seconds: float) -> str:

@@ -24,10 +24,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, or_, select
+from sqlalchemy import Connection, Row, and_, bindparam, func, or_, select
+from sqlalchemy.dialects.postgresql.dml import Insert as PostgresInsert
+from sqlalchemy.dialects.sqlite.dml import Insert as SqliteInsert
 
 from metaclaw_core.model import Kind, Role
 from metaclaw_core.store.queries import insert_new, load_chain, upsert
@@ -38,6 +41,7 @@ _SPOKEN = (Kind.MAIN.value, Kind.TOOL.value)
 _RECENT_TEXTS = 5
 _FORGOTTEN_SECONDS = 30 * 86_400.0  # a rest that nobody looked at for so long is left alone, unless it is asked for
 _MAX_TURNS = 5_000  # looked at in one go; what is beyond comes with the next look
+_REMEMBERED = 50_000  # turns
 _SURE_CHARS = 12  # a shorter text may stand inside another one by chance
 _RUNTIME = re.compile(r"\n\nRuntime: [^\n]*\Z")  # OpenClaw's session line after the first message
 
@@ -58,6 +62,7 @@ class SegmentFinder:
         self._idle_s = idle_s
         self._looked: dict[str, tuple[float, float]] = {}  # session → (its last_at then, when to look again)
         self._successors: dict[str, float] = {}  # session → when the newest one of its key began
+        self._goes_on: dict[int, tuple[int, int, int]] = {}  # turn → what before it it was seen to go on from
 
     def find(self, now: float, *, asked: Collection[str] = (), imported: bool = False) -> list[NewSegment]:
         """Segments that have ended since the last look, written down. `asked`: keys of sessions whose open rest counts
@@ -79,7 +84,7 @@ class SegmentFinder:
                 groups, spoke_at = self._groups(connection, session, now, wanted, successor_at, imported or wanted)
             if groups:
                 with self._store.transaction() as connection:
-                    made += [_write(connection, session, group, now) for group in groups]
+                    made += _write(connection, session, groups, now)
             again = spoke_at + self._idle_s if spoke_at is not None else float("inf")
             self._looked[session.id] = (session.last_at, again if again > now else float("inf"))
         return made
@@ -109,7 +114,7 @@ class SegmentFinder:
                 continue
             if now_open.rows and row.history_mark is not None and row.history_mark != now_open.rows[-1].history_mark:
                 close("compaction")
-            elif now_open.rows and _dropped_history(db, row, now_open.rows):
+            elif now_open.rows and self._dropped_history(db, row, now_open.rows):
                 beside = _goes_on_without(db, session.id, row, now_open.rows[0])
                 before = now_open.rows[-1]
                 close("reset", "it stands beside the session's own history" if beside else None)
@@ -125,6 +130,18 @@ class SegmentFinder:
             close("asked for")
         return groups, spoke_at
 
+    def _dropped_history(self, db: Connection, row: Row[Any], before: Sequence[Row[Any]]) -> bool:
+        """What was seen once need not be read again: an open rest is looked at whenever something is said in its session."""
+        seen = (len(before), before[0].id, before[-1].id)
+        if self._goes_on.get(row.id) == seen:
+            return False
+        dropped = _dropped_history(db, row, before)
+        if not dropped:
+            if len(self._goes_on) >= _REMEMBERED:
+                self._goes_on.clear()
+            self._goes_on[row.id] = seen
+        return dropped
+
 
 class _Group:
     def __init__(self) -> None:
@@ -135,7 +152,7 @@ class _Group:
 
 def user_texts(db: Connection, tip: str | None) -> list[str]:
     """The texts of all user messages of the conversation that ends with `tip`, as the client sent them."""
-    return [m.text for m in load_chain(db, tip) if m.role is Role.USER]
+    return [m.text for m in load_chain(db, tip, Role.USER)]
 
 
 def holds(texts: Sequence[str], words: str) -> bool:
@@ -163,21 +180,10 @@ def _dropped_history(db: Connection, row: Row[Any], before: Sequence[Row[Any]]) 
 
 def _goes_on_without(db: Connection, session: str, row: Row[Any], first: Row[Any]) -> bool:
     """Does `row` continue what was said before `first`? Then what is between the two stands beside the history."""
-    query = (
-        select(turns.c.user_text)
-        .where(
-            turns.c.session == session,
-            turns.c.kind == Kind.MAIN.value,
-            turns.c.user_text.is_not(None),
-            or_(
-                turns.c.started_at < first.started_at,
-                and_(turns.c.started_at == first.started_at, turns.c.id < first.id),
-            ),
-        )
-        .order_by(turns.c.started_at.desc(), turns.c.id.desc())
-        .limit(_RECENT_TEXTS)
-    )
-    earlier = [text for text in db.scalars(query) if len(text) >= _SURE_CHARS]
+    known = {"session": session, "started_at": first.started_at, "id": first.id}
+    earlier = [text for text in db.scalars(_EARLIER, known) if len(text) >= _SURE_CHARS]
+    if not earlier:
+        return False
     visible = user_texts(db, row.prompt_tip)
     return any(holds(visible, text) for text in earlier)
 
@@ -207,11 +213,19 @@ def _turns_after_cursor(db: Connection, session: str, imported: bool) -> list[Ro
     return list(db.execute(query))
 
 
-def _write(db: Connection, session: Row[Any], group: _Group, now: float) -> NewSegment:
+def _write(db: Connection, session: Row[Any], groups: Sequence[_Group], now: float) -> list[NewSegment]:
+    copied = _copied(db, session)
+    rows = [_row(session, group, copied, now) for group in groups]
+    insert_new(db, segments, rows)
+    last = groups[-1].rows[-1]
+    db.execute(_move_cursor(db.dialect.name), {"session": session.id, "started_at": last.started_at, "turn": last.id})
+    return [NewSegment(row["id"], session.id, row["end_reason"], row["turns"]) for row in rows]
+
+
+def _row(session: Row[Any], group: _Group, copied: str | None, now: float) -> dict[str, Any]:
     first, last = group.rows[0], group.rows[-1]
-    key = sha256(f"{session.id}\n{first.content_key}\n{last.content_key}".encode()).hexdigest()[:16]
-    row = {
-        "id": key,
+    return {
+        "id": sha256(f"{session.id}\n{first.content_key}\n{last.content_key}".encode()).hexdigest()[:16],
         "session": session.id,
         "principal": session.principal,
         "first_turn": first.id,
@@ -220,7 +234,7 @@ def _write(db: Connection, session: Row[Any], group: _Group, now: float) -> NewS
         "started_at": first.started_at,
         "ended_at": last.started_at,
         "end_reason": group.reason,
-        "trust": group.trust or _copied(db, session),
+        "trust": group.trust or copied,
         "state": "waiting",
         "detail": None,
         "attempts": 0,
@@ -229,16 +243,15 @@ def _write(db: Connection, session: Row[Any], group: _Group, now: float) -> NewS
         "edits": None,
         "updated_at": now,
     }
-    insert_new(db, segments, [row])
-    cursor = upsert(db.dialect.name, evolve_cursors)
+
+
+@cache
+def _move_cursor(dialect: str) -> SqliteInsert | PostgresInsert:
+    cursor = upsert(dialect, evolve_cursors)
     moved = {"started_at": cursor.excluded.started_at, "turn": cursor.excluded.turn}
-    db.execute(
-        cursor.on_conflict_do_update(  # never back: somebody else may have seen more
-            index_elements=["session"], set_=moved, where=evolve_cursors.c.started_at <= cursor.excluded.started_at
-        ),
-        {"session": session.id, "started_at": last.started_at, "turn": last.id},
+    return cursor.on_conflict_do_update(  # never back: somebody else may have seen more
+        index_elements=["session"], set_=moved, where=evolve_cursors.c.started_at <= cursor.excluded.started_at
     )
-    return NewSegment(key, session.id, group.reason, len(group.rows))
 
 
 def _copied(db: Connection, session: Row[Any]) -> str | None:
@@ -269,6 +282,20 @@ _COLUMNS = (
     turns.c.prompt_tip,
     turns.c.tools,
     turns.c.started_at,
+)
+_EARLIER = (
+    select(turns.c.user_text)
+    .where(
+        turns.c.session == bindparam("session"),
+        turns.c.kind == Kind.MAIN.value,
+        turns.c.user_text.is_not(None),
+        or_(
+            turns.c.started_at < bindparam("started_at"),
+            and_(turns.c.started_at == bindparam("started_at"), turns.c.id < bindparam("id")),
+        ),
+    )
+    .order_by(turns.c.started_at.desc(), turns.c.id.desc())
+    .limit(_RECENT_TEXTS)
 )
 _OPEN = (
     select(sessions)

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from metaclaw_core.prefix import Likeness, likeness
+from metaclaw_core.prefix import Likeness, likeness, longest
 from metaclaw_core.redact import redact, redact_between
 
 FROM_BYTES = 16 * 1024  # a smaller body stands for itself
 _KEPT_BYTES = 3 << 20
 _TRIED = 4  # of a caller's
-_NEAR = 8 * 1024  # bytes, or a sixteenth of the body: that much may differ from a base
+_NEAR = 16 * 1024  # bytes, or a quarter of the body: that much may differ from a base
+_SAME = 0.95  # of the body before: it is of the same session
 
 
 @dataclass(slots=True)
@@ -68,9 +69,12 @@ class Bases:
         if secrets:
             body = clean
             base, prefix, suffix = self._nearest(body, caller)
+        went_on = base is not None and prefix + suffix > _SAME * len(base.newest)
         if base is not None:
             prefix, suffix = min(prefix, base.prefix), min(suffix, base.suffix)
-        if base is None or len(body) - prefix - suffix > max(_NEAR, len(body) // 16):
+        if base is None or len(body) - prefix - suffix > max(_NEAR, len(body) // 4):
+            if base is not None and went_on:
+                self.forget([base.id])  # the new one stands for the same session
             base, prefix, suffix = self._make(body, caller, block), len(body), 0
         else:
             self.forget([base.id])
@@ -86,15 +90,17 @@ class Bases:
     def _nearest(self, body: bytes, caller: str, like: Likeness | None = None) -> tuple[Base | None, int, int]:
         """The base whose newest body shares most with `body`: how much at its start, and how much of the rest at its end."""
         best: tuple[Base | None, int, int] = (None, 0, 0)
-        tried = 0
-        for base in reversed(self._bases.values()):
-            if base.caller != caller:
-                continue
+        own = [base for base in reversed(self._bases.values()) if base.caller == caller]
+        if like is not None and len(body) - like.shared <= _NEAR // 2:  # what is known already is not compared again
+            for base in own:
+                if base.newest is like.other:
+                    return base, like.prefix, like.suffix
+        place, _ = longest((base.newest for base in own), body)
+        for base in [*own[place : place + 1], *own[:place], *own[place + 1 :]][:_TRIED]:
             this = like if like is not None and like.other is base.newest else likeness(base.newest, body)
             if this.shared > best[1] + best[2]:
                 best = (base, this.prefix, this.suffix)
-            tried += 1
-            if tried == _TRIED or len(body) - this.shared <= _NEAR:
+            if len(body) - this.shared <= _NEAR // 2:
                 break
         return best
 

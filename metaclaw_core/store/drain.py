@@ -11,6 +11,7 @@ two at once do the work twice, not wrongly.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -67,6 +68,16 @@ def drain_under_lease(store: Store, folder: Path, *, wait_s: float = 5.0) -> Dra
         return drain_spools(store, folder)
     finally:
         store.release_lease(LEASE, owner)
+
+
+def last_written(folder: Path) -> float | None:
+    """When something was last put into a spool of `folder` or taken from it, in unix seconds; None: there is none."""
+    times: list[float] = []
+    for path in folder.glob("*.db*"):
+        if path.name.endswith((".db", ".db-wal")):
+            with contextlib.suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime)
+    return max(times, default=None)
 
 
 def drain_spools(store: Store, folder: Path) -> DrainReport:

@@ -1,13 +1,13 @@
 """A batch of exchanges into the store, inside the caller's transaction.
 
-Design: one savepoint an exchange, so a bad one never takes its neighbours along; it becomes a row with
-a reason, and only if even that fails is it reported back. Insert-or-ignore on the unique keys makes
-at-least-once into exactly-once. What the database knows is looked up inside the transaction and
-remembered only until its end: another process may prune in between.
+Design: all of a batch is decided first and written then, a statement for each kind of row, in one savepoint. Only where
+something is wrong with an exchange is the savepoint undone and each exchange given its own, so that a bad one
+never takes its neighbours along; it becomes a row with a reason, and only if even that fails is it reported back. What
+the unique keys say is there is left out, which makes at-least-once into exactly-once. What the database knows is
+looked up inside the transaction and remembered only until its end: another process may prune in between. A message is
+there only if all before it are, so of a history that was seen before its last id is asked for.
 
-A chain holds the client's original messages. A request that continues a provider-side conversation
-(`previous_response_id`) is appended to the answer it names; where it brings other instructions than
-that one had, the history is chained anew under them, since that is what the model saw.
+A chain holds the client's original messages (see ``ingest_chain``).
 
 Limits: two conversations with the same opening are told apart by the answer only; an identical first
 request counts as a repetition for a minute, or when the earlier one failed.
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, select
@@ -29,18 +27,20 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from metaclaw_core.agents import identify
 from metaclaw_core.agents.base import Identity, Prior
 from metaclaw_core.agents.openclaw import conversation_of
-from metaclaw_core.model import Exchange, Json, Kind, Message, Request, Response, Role
-from metaclaw_core.store.chain import blob_id, chain_ids, message_id, pack_message
-from metaclaw_core.store.queries import add_to_counter, insert_new, insert_one, known_messages, load_chain
+from metaclaw_core.model import Exchange, Json, Kind, Request, Role
+from metaclaw_core.store.chain import blob_id, message_id, pack_message
+from metaclaw_core.store.ingest_chain import Chain, chain_of, traced, turn_id_of
+from metaclaw_core.store.ingest_columns import exchange_columns, response_columns
+from metaclaw_core.store.ingest_writes import Writes
+from metaclaw_core.store.queries import add_to_counter, known_messages, load_chain, recorded, with_turn_id
 from metaclaw_core.store.reading import Reading
-from metaclaw_core.store.sessions import by_conversation, by_prefix, generated_id, touch
-from metaclaw_core.store.tables import blobs, messages, sessions, turns
+from metaclaw_core.store.sessions import by_conversation, by_prefix, generated_id, session_row_id
+from metaclaw_core.store.tables import messages, sessions, turns
 from metaclaw_core.store.types import plain
 
 logger = logging.getLogger(__name__)
 
 _ASK_ABOVE = 8  # unknown messages; below it inserting them all is cheaper than asking which are new
-_MAX_INT = 2**31 - 1  # PostgreSQL's integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,82 +51,104 @@ class IngestReport:
     failed: tuple[tuple[int, str], ...] = ()  # (place in the batch, why) of those that are not in the store
 
 
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    """Where a request's messages are: `ids[i]` belongs to `messages[i]`; they follow `parent`."""
-
-    parent: str | None
-    messages: tuple[Message, ...]
-    ids: tuple[str, ...]
-    system_tip: str | None
-    history_known: bool
-
-    @property
-    def tip(self) -> str | None:
-        return self.ids[-1] if self.ids else self.parent
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    new: bool  # False: one of the unique keys was there
-    unknown_preambles: int
-
-
 class Ingest:
     """The work of one transaction."""
 
     def __init__(self, connection: Connection) -> None:
         self._db = connection
-        self._known: set[str] = set()  # ids of messages and blobs that are in the database
-        self._fresh: list[str] = []  # those of the exchange at hand
-        self._counts: Counter[str] = Counter()
 
     def run(self, readings: Sequence[Reading]) -> IngestReport:
         failed: list[tuple[int, str]] = []
-        for place, reading in enumerate(readings):
-            problem = self._try(reading)
-            if problem is not None:
-                bare = Reading(reading.exchange, reading.content_key, None, None, problem, reading.error, None)
-                worse = self._try(bare)
-                if worse is not None:
-                    failed.append((place, f"{problem}; then {worse}"))
-        for name, value in sorted(self._counts.items()):
-            add_to_counter(self._db, name, value)
-        return IngestReport(self._counts["stored"], self._counts["skipped"], self._counts["duplicates"], tuple(failed))
-
-    def _try(self, reading: Reading) -> str | None:
-        """None if the exchange is in the store now, in whatever state; else what went wrong."""
-        self._fresh.clear()
         try:
-            with self._db.begin_nested() as savepoint:
-                seen = self._store(reading)
-                if not seen.new:
-                    savepoint.rollback()
+            counts = self._all_or_none(readings)
         except Exception as e:  # the boundary: what is wrong with one exchange stays with it
             if _is_the_databases(e):
                 raise  # and the batch comes again
+            counts = Counter()
+            for place, reading in enumerate(readings):
+                problem = self._alone(reading, counts)
+                if problem is not None:
+                    bare = Reading(reading.exchange, reading.content_key, None, None, problem, reading.error, None)
+                    worse = self._alone(bare, counts)
+                    if worse is not None:
+                        failed.append((place, f"{problem}; then {worse}"))
+        for name, value in sorted(counts.items()):
+            add_to_counter(self._db, name, value)
+        return IngestReport(counts["stored"], counts["skipped"], counts["duplicates"], tuple(failed))
+
+    def _all_or_none(self, readings: Sequence[Reading]) -> Counter[str]:
+        with self._db.begin_nested():
+            return _Batch(self._db).put(readings)
+
+    def _alone(self, reading: Reading, counts: Counter[str]) -> str | None:
+        """None if the exchange is in the store now, in whatever state; else what went wrong."""
+        try:
+            try:
+                counts += self._all_or_none([reading])
+            except IntegrityError:  # another process was first with the turn or its answer, as we shall see
+                counts += self._all_or_none([reading])
+        except Exception as e:
+            if _is_the_databases(e):
+                raise
             logger.exception("metaclaw: exchange %s can't be stored as parsed", reading.exchange.flow_id)
-            self._known.difference_update(self._fresh)
             return f"internal error: {type(e).__name__}: {getattr(e, 'orig', None) or e}"
-        if not seen.new:
-            self._known.difference_update(self._fresh)
-            self._counts["duplicates"] += 1
-            return None
-        self._counts["stored"] += 1
-        self._counts["skipped"] += reading.reason is not None
-        self._counts["unknown_preambles"] += seen.unknown_preambles
         return None
+
+
+class _Batch:
+    """Exchanges that are written together."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._db = connection
+        self._writes = Writes(connection)
+        self._known: set[str] = set()  # ids of messages and blobs that are in the database or about to be
+        self._content: dict[str, Json] = {}  # of the answers that are about to be
+        self._turn_ids: set[str] = set()  # of those asked for, the ones that are in the database
+        self._asked: set[str] = set()
+        self._openings: dict[str, tuple[float, str | None]] = {}  # by turn id: when a turn began, and the human's text
+
+    def put(self, readings: Sequence[Reading]) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        new = list(self._new(readings))
+        counts["duplicates"] = len(readings) - len(new)
+        self._known.update(known_messages(self._db, [i for reading in new for i in _worth_asking(reading)]))
+        identities = [
+            identify(reading.request, reading.exchange.hints, None) if reading.whole and reading.request else None
+            for reading in new
+        ]
+        self._asked.update(turn_id for r, i in zip(new, identities, strict=True) if i and (turn_id := _expected(r, i)))
+        self._turn_ids.update(with_turn_id(self._db, self._asked))
+        for reading, identity in zip(new, identities, strict=True):
+            counts["unknown_preambles"] += self._store(reading, identity)
+            counts["stored"] += 1
+            counts["skipped"] += reading.reason is not None
+        self._writes.flush()
+        return counts
+
+    def _new(self, readings: Sequence[Reading]) -> Iterator[Reading]:
+        """Those that aren't in the database, and none twice."""
+        keys = [(plain(r.exchange.flow_id) or None, r.content_key) for r in readings]
+        flows, contents = recorded(self._db, [flow for flow, _ in keys if flow], [content for _, content in keys])
+        for (flow, content), reading in zip(keys, readings, strict=True):
+            if flow in flows or content in contents:
+                continue
+            if flow is not None:
+                flows.add(flow)
+            contents.add(content)
+            yield reading
 
     # --- one exchange ---------------------------------------------------------------------------
 
-    def _store(self, reading: Reading) -> _Seen:
+    def _store(self, reading: Reading, identity: Identity | None) -> int:
+        """How many envelopes were dropped without being known."""
         exchange, request = reading.exchange, reading.request
-        row = _exchange_columns(reading) | _response_columns(reading.response)
+        row = exchange_columns(reading) | response_columns(reading.response)
         if request is None:  # the answer, if there is one, follows no conversation
-            return _Seen(self._insert_turn(row), 0)
+            self._writes.turn(row)
+            return 0
         prior = self._prior(exchange.principal, request.previous_response_id)
-        identity = identify(request, exchange.hints, _as_prior(prior))
-        chain = self._chain(request, prior)
+        identity = identity or identify(request, exchange.hints, _as_prior(prior))
+        chain = chain_of(reading, request, prior, lambda tip: load_chain(self._db, tip))
         self._put_messages(chain)
         session, repeats = self._session(exchange, request, identity, chain, prior)
         row |= {
@@ -142,7 +164,7 @@ class Ingest:
             "history_known": chain.history_known,
             "system_tip": chain.system_tip,
             "prompt_tip": chain.tip,
-            "tools": self._put_blob([tool.raw for tool in request.tools] or None),
+            "tools": self._put_blob([tool.raw for tool in request.tools] or None, reading.tools),
             "sampling": dict(request.sampling) or None,
             "extra": self._put_blob(_lean(metadata=dict(request.metadata), extra=dict(request.extra)) or None),
             "user_text": identity.user_text,
@@ -152,94 +174,85 @@ class Ingest:
             "index_generation": reading.injected.index_generation if reading.injected else None,
             "retry": identity.retry or repeats,
         }
-        row |= self._answer(reading.response, chain.tip)
-        return _Seen(self._insert_turn(row), identity.unknown_preambles)
+        row |= self._answer(reading, chain)
+        self._writes.turn(row)
+        if identity.kind in _HOLDS_WORDS:
+            began = self._openings.get(row["turn_id"])
+            if began is None or exchange.started_at < began[0]:
+                self._openings[row["turn_id"]] = (exchange.started_at, identity.user_text)
+        return identity.unknown_preambles
 
     def _turn_id(
-        self, principal: str, session: str | None, identity: Identity, chain: _Chain, prior: Row[Any] | None
+        self, principal: str, session: str | None, identity: Identity, chain: Chain, prior: Row[Any] | None
     ) -> str:
-        """As `_turn_id` says, but a trace that holds two messages of the human is two turns: what a person adds while the
+        """As `turn_id_of` says, but a trace that holds two messages of the human is two turns: what a person adds while the
         agent works, or says within moments of an answer, travels under the trace of the turn before."""
-        turn_id = _turn_id(principal, session, identity, chain, prior)
-        if identity.trace is None or identity.kind not in (Kind.MAIN, Kind.TOOL) or not identity.user_text:
+        turn_id = turn_id_of(principal, session, identity, chain, prior)
+        if identity.trace is None or identity.kind not in _HOLDS_WORDS or not identity.user_text:
             return turn_id
-        first = self._db.scalar(
-            select(turns.c.user_text)
-            .where(turns.c.turn_id == turn_id, turns.c.kind.in_((Kind.MAIN.value, Kind.TOOL.value)))
-            .order_by(turns.c.started_at, turns.c.id)
-            .limit(1)
-        )
+        first = self._opening(turn_id)
         if first is None or first == identity.user_text:
             return turn_id
-        return _short(principal, session, f"{identity.trace}\n{identity.user_text}")
+        return traced(principal, session, identity.trace, identity.user_text)
 
-    def _insert_turn(self, row: dict[str, Any]) -> bool:
-        return insert_one(self._db, turns, row)
+    def _opening(self, turn_id: str) -> str | None:
+        """What the human said at the beginning of a turn; None: nothing, or there is no such turn yet."""
+        if turn_id not in self._asked or turn_id in self._turn_ids:
+            row = self._db.execute(_OPENING, {"turn_id": turn_id}).first()
+            waiting = self._openings.get(turn_id)
+            if row is not None and (waiting is None or row.started_at <= waiting[0]):
+                self._openings[turn_id] = (row.started_at, row.user_text)
+            self._asked.add(turn_id)
+            self._turn_ids.discard(turn_id)
+        return self._openings.get(turn_id, (0.0, None))[1]
 
-    def _answer(self, response: Response | None, prompt_tip: str | None) -> dict[str, Any]:
+    def _answer(self, reading: Reading, chain: Chain) -> dict[str, Any]:
         """Put the answer behind its prompt; the columns that say where it is."""
-        message = response.message if response is not None else None
+        message = reading.response.message if reading.response is not None else None
         if message is None:
             return {}
-        tip = message_id(prompt_tip, message)
-        content = pack_message(message)
+        content = pack_message(message) if reading.answer is None else reading.answer
+        if reading.whole and reading.answer_id is not None:
+            tip = reading.answer_id
+        else:
+            tip = message_id(chain.tip, message)
+            self._known.update(known_messages(self._db, [tip]))  # what is waiting is known, too
         columns: dict[str, Any] = {"response_tip": tip}
-        if tip in self._known or not self._put_answer(tip, prompt_tip, content):
-            stored = self._db.scalar(select(messages.c.content).where(messages.c.id == tip))
-            columns["response"] = None if stored == content else content
+        if tip not in self._known:
+            self._writes.answer(tip, chain.tip, content)
+            self._known.add(tip)
+            self._content[tip] = content
+            return columns
+        # Somebody has written a message of this id before, perhaps with other reasoning in it.
+        stored = self._content.get(tip)
+        if stored is None:
+            self._writes.flush()
+            stored = self._db.scalar(_CONTENT, {"id": tip})
+        columns["response"] = None if stored == content else content
         return columns
 
     # --- content --------------------------------------------------------------------------------
 
-    def _chain(self, request: Request, prior: Row[Any] | None) -> _Chain:
-        """Where the request's messages stand: after the answer they continue, else from the root."""
-        sent = request.messages
-        leading = tuple(takewhile(lambda m: m.role in (Role.SYSTEM, Role.DEVELOPER), sent))
-        system_tip = chain_ids(leading)[-1] if leading else None
-        if prior is None or prior.response_tip is None:
-            whole = request.previous_response_id is None and "conversation" not in request.extra
-            return _Chain(None, sent, tuple(chain_ids(sent)), system_tip, whole)
-        known = prior.history_known is True
-        if not leading or system_tip == prior.system_tip:
-            new = sent[len(leading) :]
-            return _Chain(prior.response_tip, new, tuple(chain_ids(new, prior.response_tip)), prior.system_tip, known)
-        # Instructions are not handed down by the provider: the history now stands under the new ones.
-        before = load_chain(self._db, prior.response_tip)
-        old = len(list(takewhile(lambda m: m.role in (Role.SYSTEM, Role.DEVELOPER), before)))
-        rebased = (*leading, *before[old:], *sent[len(leading) :])
-        return _Chain(None, rebased, tuple(chain_ids(rebased)), system_tip, known)
-
-    def _put_messages(self, chain: _Chain) -> None:
-        unknown = [i for i in chain.ids if i not in self._known]
+    def _put_messages(self, chain: Chain) -> None:
+        shared = chain.shared
+        if shared and chain.ids[shared - 1] not in self._known:  # it isn't there, or was never asked for
+            shared = 0
+        unknown = [place for place in range(shared, len(chain.ids)) if chain.ids[place] not in self._known]
         if len(unknown) > _ASK_ABOVE:
-            self._known.update(known_messages(self._db, unknown))
-        parents = (chain.parent, *chain.ids)
-        rows = [
-            {"id": chain_id, "parent": parent, "role": message.role.value, "content": pack_message(message)}
-            for chain_id, parent, message in zip(chain.ids, parents, chain.messages, strict=False)
-            if chain_id not in self._known
-        ]
-        insert_new(self._db, messages, rows)
-        self._remember([row["id"] for row in rows])
+            self._known.update(known_messages(self._db, [chain.ids[place] for place in unknown]))
+            unknown = [place for place in unknown if chain.ids[place] not in self._known]
+        self._writes.messages(chain, unknown)
+        self._known.update(chain.ids[shared:])
 
-    def _put_answer(self, tip: str, parent: str | None, content: Json) -> bool:
-        """False: somebody has written a message of this id before, perhaps with other reasoning in it."""
-        self._remember([tip])
-        row = {"id": tip, "parent": parent, "role": Role.ASSISTANT.value, "content": content}
-        return insert_one(self._db, messages, row)
-
-    def _put_blob(self, value: Json) -> str | None:
+    def _put_blob(self, value: Json, key: str | None = None) -> str | None:
+        """`key`: its id where it is known."""
         if value is None:
             return None
-        key = blob_id(value)
+        key = key or blob_id(value)
         if key not in self._known:
-            insert_new(self._db, blobs, [{"id": key, "content": value}])
-            self._remember([key])
+            self._writes.blob(key, value)
+            self._known.add(key)
         return key
-
-    def _remember(self, ids: list[str]) -> None:
-        self._known.update(ids)
-        self._fresh += ids
 
     # --- whose it is ----------------------------------------------------------------------------
 
@@ -247,13 +260,16 @@ class Ingest:
         """The turn whose answer the request continues; only the same principal's."""
         if response_id is None:
             return None
+        self._writes.flush()
         return self._db.execute(_PRIOR, {"principal": principal, "response_id": plain(response_id)}).first()
 
     def _session(
-        self, exchange: Exchange, request: Request, identity: Identity, chain: _Chain, prior: Row[Any] | None
+        self, exchange: Exchange, request: Request, identity: Identity, chain: Chain, prior: Row[Any] | None
     ) -> tuple[str | None, bool]:
         """The key of the session's row (None: can't be told), and whether the same prompt was sent before."""
         name, generated, repeats = plain(identity.session_id), False, False
+        if name is None:
+            self._writes.flush()
         if name is None and identity.kind is Kind.COMPACTION:
             text = conversation_of(request)
             found = by_conversation(self._db, exchange.principal, text, exchange.started_at) if text else None
@@ -273,21 +289,26 @@ class Ingest:
             first = next((i for i, m in enumerate(chain.messages) if m.role is Role.USER), len(chain.ids) - 1)
             opening_id = chain.ids[first] if chain.ids else ""
             name, generated = generated_id(exchange.principal, opening_id, exchange.started_at), True
-        key = touch(
-            self._db,
-            principal=exchange.principal,
-            session_id=name,
-            generated=generated,
-            session_key=plain(identity.session_key),
-            agent=identity.agent,
-            at=exchange.started_at,
+        key = session_row_id(exchange.principal, name)
+        self._writes.session(
+            {
+                "id": key,
+                "principal": exchange.principal,
+                "session_id": name,
+                "generated": generated,
+                "session_key": plain(identity.session_key),
+                "agent": identity.agent,
+                "first_at": exchange.started_at,
+                "last_at": exchange.started_at,
+            }
         )
         return key, repeats
 
 
 _OWN_SESSION = (Kind.MAIN, Kind.TOOL, Kind.SUBAGENT, Kind.UNKNOWN)
-USAGE = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
+_HOLDS_WORDS = (Kind.MAIN, Kind.TOOL)
 _SESSION = select(sessions.c.session_id, sessions.c.generated).where(sessions.c.id == bindparam("id"))
+_CONTENT = select(messages.c.content).where(messages.c.id == bindparam("id"))
 _PRIOR = (
     select(turns, sessions.c.session_id, sessions.c.session_key)
     .outerjoin(sessions, sessions.c.id == turns.c.session)
@@ -295,84 +316,33 @@ _PRIOR = (
     .order_by(turns.c.id.desc())
     .limit(1)
 )
+_OPENING = (
+    select(turns.c.started_at, turns.c.user_text)
+    .where(turns.c.turn_id == bindparam("turn_id"), turns.c.kind.in_([kind.value for kind in _HOLDS_WORDS]))
+    .order_by(turns.c.started_at, turns.c.id)
+    .limit(1)
+)
+
+
+def _worth_asking(reading: Reading) -> Iterator[str]:
+    """Ids of messages of which it must be known whether they are in the database."""
+    if reading.whole:
+        yield from reading.ids[max(0, reading.shared - 1) :]
+        if reading.answer_id is not None:
+            yield reading.answer_id
+
+
+def _expected(reading: Reading, identity: Identity) -> str | None:
+    """The turn's id, where it can be told without the database."""
+    name = plain(identity.session_id)
+    if name is None or identity.trace is None:
+        return None
+    principal = reading.exchange.principal
+    return traced(principal, session_row_id(principal, name), identity.trace)
 
 
 def _as_prior(row: Row[Any] | None) -> Prior | None:
     return row and Prior(row.session_id, row.session_key, Kind(row.kind), row.user_text, row.turn_id)
-
-
-def _turn_id(principal: str, session: str | None, identity: Identity, chain: _Chain, prior: Row[Any] | None) -> str:
-    """One name for all requests of a human turn: tool loop, retries, announcements of its own session."""
-    if identity.trace is not None:
-        return _short(principal, session, identity.trace)
-    place = _human_place(chain.messages, identity.user_text)
-    if place is None:
-        if prior is not None and prior.turn_id is not None:
-            return str(prior.turn_id)  # a tool loop whose human message is at the provider
-        return _short(principal, session, chain.tip)
-    # Not the message's own id: a retry rewrites the human's words, the text without the rewording is the same.
-    before = chain.ids[place - 1] if place else chain.parent
-    return _short(principal, session, f"{before}\n{identity.user_text or chain.messages[place].text}")
-
-
-def _human_place(sent: Sequence[Message], user_text: str | None) -> int | None:
-    """The last user message that is the human's text, else ends with it, else holds it, else the last one."""
-    users = [(i, m.text) for i, m in enumerate(sent) if m.role is Role.USER]
-    if user_text:
-        for fits in (str.__eq__, str.endswith, str.__contains__):
-            if places := [i for i, text in users if fits(text, user_text)]:
-                return places[-1]
-    return users[-1][0] if users else None
-
-
-def _short(*parts: str | None) -> str:
-    return sha256("\n".join(p or "" for p in parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _exchange_columns(reading: Reading) -> dict[str, Any]:
-    """Every column that one exchange alone decides, and None for the others."""
-    exchange = reading.exchange
-    return dict.fromkeys(c.name for c in turns.columns if c.name != "id") | {
-        "flow_id": plain(exchange.flow_id) or None,
-        "content_key": reading.content_key,
-        "principal": plain(exchange.principal),
-        "kind": Kind.UNKNOWN.value,
-        "dialect": plain(exchange.dialect),
-        "scheme": plain(exchange.scheme),
-        "host": plain(exchange.host),
-        "port": exchange.port,
-        "path": plain(exchange.path),
-        "redacted": reading.redacted,
-        "status_code": exchange.status_code,
-        "error": reading.error,
-        "state": "captured" if reading.reason is None else "skipped",
-        "reason": reading.reason,
-        "retry": False,
-        "attempts": 0,
-        "started_at": exchange.started_at,
-        "duration_ms": exchange.duration_ms,
-        "live": exchange.live,
-        "version": exchange.version,
-    }
-
-
-def _response_columns(response: Response | None) -> dict[str, Any]:
-    """What the answer alone decides."""
-    if response is None:
-        return {}
-    columns: dict[str, Any] = {
-        "response_id": plain(response.id),
-        "response_model": plain(response.model),
-        "stop_reason": response.stop_reason.value if response.stop_reason else None,
-        "raw_stop_reason": plain(response.raw_stop_reason),
-        "response_extra": dict(response.extra) or None,
-    }
-    if response.usage is not None:
-        columns |= {name: _count(getattr(response.usage, name)) for name in USAGE}
-    if (message := response.message) is not None:
-        calls = [{"name": c.name, "arguments": c.arguments, "id": c.id} for c in message.tool_calls]
-        columns |= {"assistant_text": message.text or None, "tool_calls": calls or None}
-    return columns
 
 
 def _is_the_databases(e: Exception) -> bool:
@@ -380,11 +350,6 @@ def _is_the_databases(e: Exception) -> bool:
     if not isinstance(e, DBAPIError) or isinstance(e, DataError | IntegrityError):
         return False
     return not str(getattr(e.orig, "sqlstate", "")).startswith("54")  # PostgreSQL: a limit is exceeded
-
-
-def _count(value: int | None) -> int | None:
-    """A token count as the database can hold it; nonsense is unknown."""
-    return value if value is not None and 0 <= value <= _MAX_INT else None
 
 
 def _lean(**fields: Json) -> dict[str, Json]:

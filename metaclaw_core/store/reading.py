@@ -1,10 +1,12 @@
-"""From the raw exchange to what it says: decoded, cleaned of our own block, parsed. Pure, never raises.
+"""From the raw exchange to what it says: decoded, cleaned of our own block, parsed, hashed. Never raises.
 
 Design: whatever is wrong with an exchange becomes the `reason` of a skipped turn in plain words, and
 what could be read is kept beside it. The content key is made here, over the client's original body and
 the answer as decoded and redacted, so that one exchange has the same key whether it came through the
 proxy's spool, a mitmproxy file (which holds the injected body, still encoded) or a HAR (decoded text,
 times rounded to microseconds).
+
+With a `Recall` only what is new in a request is read; the answer is the same, whatever is remembered.
 
 Limits: an answer that was cut has another key in a file that doesn't keep cut bodies; its flow id
 then still tells that it is the same.
@@ -15,15 +17,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 
 from metaclaw_core.decode import decode_body
 from metaclaw_core.errors import SpliceError, WireError
-from metaclaw_core.model import Exchange, Request, Response
+from metaclaw_core.model import Exchange, Json, Request, Response
 from metaclaw_core.redact import redact, redact_answer, redact_path, redact_text
-from metaclaw_core.store.chain import pack_message, redact_message
+from metaclaw_core.store.chain import message_id, pack_message, redact_message
+from metaclaw_core.store.recall import Recall, Recalled, has
 from metaclaw_core.store.spool import NOT_STORED
 from metaclaw_core.wire import by_name
 from metaclaw_core.wire.base import Dialect
@@ -58,12 +62,23 @@ class Reading:
     error: str | None  # the proxy's or the provider's own words
     injected: Injected | None
     redacted: bool = False  # a secret was replaced in the request or the answer
+    ids: Sequence[str] = ()  # (messages,) of the chain that begins with the request's first message
+    shared: int = 0  # how many of `ids` the request had that it was read by
+    tools: str | None = None  # blob id of the request's tools; None: it has none
+    answer: Json = None  # the answer as it is stored; None: there is none
+    answer_id: str | None = None  # of the answer behind `ids`
+
+    @property
+    def whole(self) -> bool:
+        """Does the request itself hold what it follows? Else it goes on from an answer that it names."""
+        return self.request is not None and self.request.previous_response_id is None
 
 
-def read(exchange: Exchange, *, redacted: bool = False) -> Reading:
-    """Everything that one exchange alone tells. `redacted`: its bodies have been searched for secrets (a spool's have)."""
+def read(exchange: Exchange, *, redacted: bool = False, recall: Recall | None = None) -> Reading:
+    """Everything that one exchange alone tells. `redacted`: its bodies have been searched for secrets (a spool's have).
+    `recall`: what exchanges before said; this one is added."""
     try:
-        return _read(exchange, redacted)
+        return _read(exchange, redacted, recall or Recall())
     except Exception as e:
         logger.exception("metaclaw: exchange %s can't be read", exchange.flow_id)
         key = sha256(f"{exchange.flow_id}\n{exchange.started_at!r}".encode("utf-8", "replace")).hexdigest()
@@ -71,7 +86,7 @@ def read(exchange: Exchange, *, redacted: bool = False) -> Reading:
         return Reading(bare, key, None, None, f"internal error: {type(e).__name__}: {e}", None, None)
 
 
-def _read(exchange: Exchange, redacted: bool) -> Reading:
+def _read(exchange: Exchange, redacted: bool, recall: Recall) -> Reading:
     exchange = replace(exchange, path=redact_path(exchange.path))
     request_problem = response_problem = None
     body = answer = b""
@@ -90,18 +105,24 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
     live = exchange.injection
     injected = Injected(live.text, live.skills, live.index_generation, live.scores) if live else None
     request: Request | None = None
+    said: Recalled | None = None
     try:
         dialect = by_name(exchange.dialect)
     except WireError as e:
         return Reading(exchange, content_key(exchange, body, answer), None, None, str(e), exchange.error, injected)
-    body, removed = without_block(dialect, body, exchange.path)
-    injected = injected or removed
+    near = recall.near(dialect, body, exchange.path, exchange.principal)
+    if has(body, _SEAL, near):
+        clean, removed = without_block(dialect, body, exchange.path)
+        injected = injected or removed
+        if clean is not body:
+            body, near = clean, recall.near(dialect, clean, exchange.path, exchange.principal)
     key = content_key(exchange, body, answer)
     if not body and exchange.error is not None and exchange.error.startswith(NOT_STORED):
         request_problem = exchange.error
     if request_problem is None:
         try:
-            request = dialect.parse_request(body, exchange.path)
+            said = recall.read(dialect, body, exchange.path, near)
+            request = said.reading.request
         except WireError as e:
             request_problem = str(e)
 
@@ -120,10 +141,17 @@ def _read(exchange: Exchange, redacted: bool) -> Reading:
             error = error or response.error.message
     if response is not None and response_problem is None and not exchange.complete:
         error = None  # the client hung up after the answer's last event, as the OpenAI SDK does at [DONE]
-    said = response.message if response is not None else None
-    texts = (body, answer, dumps(pack_message(said)).encode() if said is not None else b"")
-    secret = any(_PLACEHOLDER in text for text in texts)
-    return Reading(exchange, key, request, response, request_problem or response_problem, error, injected, secret)
+    marks = [mark for mark in (_SEAL, _PLACEHOLDER) if has(body, mark, near)]
+    answered = response.message if response is not None else None
+    content = None if answered is None else pack_message(answered)
+    secret = _PLACEHOLDER in marks or _PLACEHOLDER in answer or (content is not None and _PLACEHOLDER in dumps(content).encode())
+    reading = Reading(exchange, key, request, response, request_problem or response_problem, error, injected, secret)
+    if said is None:
+        return reading
+    said.marks = marks
+    recall.keep(exchange.principal, said)
+    answer_id = None if answered is None else message_id(said.ids[-1] if said.ids else None, answered)
+    return replace(reading, ids=said.ids, shared=said.shared, tools=said.tools, answer=content, answer_id=answer_id)
 
 
 def _response(

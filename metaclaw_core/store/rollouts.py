@@ -12,6 +12,7 @@ Limits: expiry compares the clocks of the machines that share a database; keep t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from metaclaw_core.errors import StoreError
 from metaclaw_core.model import Exchange, Json, Kind, Message
 from metaclaw_core.store.chain import unpack_message
-from metaclaw_core.store.ingest import USAGE, Ingest, IngestReport
+from metaclaw_core.store.ingest import Ingest, IngestReport
+from metaclaw_core.store.ingest_columns import USAGE
 from metaclaw_core.store.queries import MANY, load_chain, upsert
 from metaclaw_core.store.reading import read
+from metaclaw_core.store.recall import Recall
 from metaclaw_core.store.tables import blobs, counters, leases, messages, sessions, turns
 from metaclaw_core.store.types import plain
 from metaclaw_core.store.verify import VerifyReport, verify
@@ -64,6 +67,8 @@ class Store:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
         self.engine = engine
         self._clock = clock
+        self._recall = Recall()
+        self._recalling = threading.Lock()
 
     def close(self) -> None:
         self.engine.dispose()
@@ -82,7 +87,8 @@ class Store:
         `redacted` says that they come from a spool, which has replaced secrets already. Those named in the
         report's `failed` are not in the store; all others are.
         """
-        readings = [read(exchange, redacted=redacted) for exchange in exchanges]  # before the write lock: it takes time
+        with self._recalling:  # and before the write lock: it takes time
+            readings = [read(exchange, redacted=redacted, recall=self._recall) for exchange in exchanges]
         with self._write() as connection:
             return Ingest(connection).run(readings)
 

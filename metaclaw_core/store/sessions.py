@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from itertools import chain, repeat
+from typing import Any
 
 from sqlalchemy import Connection, bindparam, case, func, or_, select
 from sqlalchemy.dialects.postgresql.dml import Insert as PostgresInsert
@@ -133,29 +134,7 @@ def _touch(dialect: str) -> SqliteInsert | PostgresInsert:
     )
 
 
-def touch(
-    connection: Connection,
-    *,
-    principal: str,
-    session_id: str,
-    generated: bool,
-    session_key: str | None,
-    agent: str,
-    at: float,
-) -> str:
-    """Make the session's row, or widen its times; its key."""
-    key = session_row_id(principal, session_id)
-    connection.execute(
-        _touch(connection.dialect.name),
-        {
-            "id": key,
-            "principal": principal,
-            "session_id": session_id,
-            "generated": generated,
-            "session_key": session_key,
-            "agent": agent,
-            "first_at": at,
-            "last_at": at,
-        },
-    )
-    return key
+def touch(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    """Make the rows of sessions (see `tables`), or widen the times of those that are there. No session twice."""
+    if rows:
+        connection.execute(_touch(connection.dialect.name), rows)

@@ -47,6 +47,7 @@ FORMAT = 2  # 1: without bases
 NOT_STORED = "bodies not stored: "  # begins `Exchange.error` where a body could not be searched for secrets
 MAX_BATCH_BYTES = 64 * 1024 * 1024
 _ROWS_A_STATEMENT = 64
+_KEPT_BYTES = 4 * 1024 * 1024  # of bases, by a reader
 _BODIES = ("request_body", "response_body")
 _HEAD = tuple(f.name for f in dataclass_fields(Exchange) if f.name not in _BODIES)
 _HINTS = tuple(f.name for f in dataclass_fields(Hints))
@@ -384,6 +385,7 @@ class SpoolReader(_Spool):
                     f"The spool {path} was written by a newer MetaClaw (format {found}); upgrade this one."
                 )
             self._base_column = "base" if found > 1 else "NULL"
+            self._bases: dict[int, tuple[bytes, str | None]] = {}  # least recently used first
             undo.pop_all()
 
     def batch(self, limit: int, max_bytes: int = MAX_BATCH_BYTES) -> list[tuple[int, Exchange]]:
@@ -391,7 +393,6 @@ class SpoolReader(_Spool):
         out: list[tuple[int, Exchange]] = []
         bad: dict[int, str] = {}
         size = 0
-        base: tuple[int | None, tuple[bytes, str | None] | None] = (None, None)  # the last one that was needed
         with _typed(self.path, "read"):
             cursor = self._db.execute(
                 f"SELECT id, head, request_body, response_body, {self._base_column} FROM exchanges"  # noqa: S608
@@ -400,9 +401,7 @@ class SpoolReader(_Spool):
             )
             for row_id, head, request_body, response_body, base_id in cursor:
                 try:
-                    if base_id != base[0]:
-                        base = (base_id, self._base(base_id))
-                    exchange = exchange_of(head, request_body, response_body, base[1])
+                    exchange = exchange_of(head, request_body, response_body, self._base(base_id))
                 except (MetaClawError, *_NO_EXCHANGE) as e:
                     bad[row_id] = f"not an exchange: {e}"
                     continue
@@ -416,9 +415,17 @@ class SpoolReader(_Spool):
         return out if out or not bad else self.batch(limit, max_bytes)
 
     def _base(self, base_id: int | None) -> tuple[bytes, str | None] | None:
+        """The last ones that were needed are kept, since the rows of several sessions take turns."""
         if base_id is None:
             return None
-        return _base({row[0]: row[1:] for row in self._db.execute("SELECT id, body, block FROM bases WHERE id = ?", (base_id,))}, base_id)
+        kept = self._bases.pop(base_id, None) or _base(
+            {row[0]: row[1:] for row in self._db.execute("SELECT id, body, block FROM bases WHERE id = ?", (base_id,))}, base_id
+        )
+        if kept is not None:
+            self._bases[base_id] = kept
+            while len(self._bases) > 1 and sum(len(body) for body, _ in self._bases.values()) > _KEPT_BYTES:
+                del self._bases[next(iter(self._bases))]
+        return kept
 
     def delete(self, row_ids: Sequence[int]) -> None:
         """Forget rows that the store has committed, and bases that no row needs any more. Once nothing waits, freed pages

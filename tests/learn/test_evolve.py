@@ -151,6 +151,17 @@ async def test_a_provider_that_is_down_delays_and_loses_nothing(store: Store) ->
     assert (await evolver.run()).active == ("use-pnpm",)
 
 
+async def test_a_provider_that_is_down_is_asked_once_a_run(store: Store) -> None:
+    for name in ("s-1", "s-2", "s-3"):
+        corrected(session=name, key=f"agent:main:{name}").into(store)
+    report = await run(store, Model(LLMUnavailable("api.x answered 503: busy")))
+    assert (report.asked, report.waiting, report.problems) == (1, {"llm": 3}, ("api.x answered 503: busy",))
+    assert details(store) == [("waiting", "waiting(llm): api.x answered 503: busy")] * 3
+    model = Model(edits(add()))
+    evolver = Evolver(store, load_settings(), llm=model, clock=lambda: LATER + 61)
+    assert (await evolver.run()).asked == 3
+
+
 async def test_without_a_model_and_a_key_the_work_waits(store: Store) -> None:
     corrected().into(store)
     evolver = Evolver(store, load_settings(), clock=lambda: LATER)

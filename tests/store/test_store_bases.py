@@ -206,3 +206,17 @@ def test_whatever_changes_the_difference_gives_the_body_that_all_of_it_searched_
         assert clean == redact(data)[0]
         assert delta is not None
         assert whole(delta, bodies) == clean
+
+
+def test_sessions_that_take_turns_have_a_base_each(path: Path, of: Any) -> None:
+    rng = random.Random(2)
+    histories = [[rng.randbytes(9000).hex()] for _ in range(8)]
+    bodies: list[bytes] = []
+    with SpoolWriter(path) as writer:
+        for _ in range(5):
+            for history in histories:
+                history.append(rng.randbytes(400).hex())
+                bodies.append(body(*history))
+                writer.append([of(bodies[-1])])
+        assert bases_of(path) == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert stored(path) == bodies
