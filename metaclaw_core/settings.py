@@ -124,7 +124,9 @@ class RL(_Section):
     evolver_model: str = ""
     support_share: float = Field(0.25, ge=0, le=1)  # of the sessions, in rl mode: they write skills and train nothing
     train: bool = True  # False: requests go to the own model as it is, and no step is made
-    algorithm: Literal["single"] = "single"  # one reply a prompt, against a running expectation
+    algorithm: Literal["single", "grpo"] = "single"  # logged replies, against a running expectation; or fresh siblings of one prompt
+    group_size: int = Field(4, ge=2, le=64)  # grpo: siblings of each prompt; batch_size // group_size prompts make a step
+    grpo_tools: bool = False  # grpo: also prompts inside a tool loop, or that were answered by a call; nothing is executed
     loss: Literal["importance_sampling", "cispo", "ppo"] = "importance_sampling"
     learning_rate: float | None = Field(None, gt=0)  # None: 2e-5 * sqrt(min(batch_size, 32) / 32)
     max_staleness: int = Field(2, ge=0)  # versions that a sample, or a session's pinned weights, may lag behind

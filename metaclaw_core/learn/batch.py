@@ -16,10 +16,10 @@ do; each is a datum of its own then. Prompts are re-sent whole, whatever the ser
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ class LeftOut(StrEnum):
     NOT_SCORED = "not scored"
     VETO = "the present weights give one of its tokens hardly any chance"
     NO_SIGNAL = "no signal"
+    NO_QUESTION = "what was asked is not known"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,17 +120,34 @@ def lags_of(parents: Mapping[int, int | None], present: int) -> dict[int, int]:
     return lags
 
 
-def select(samples: Iterable[Sample], *, batch_size: int, min_sessions: int) -> tuple[Sample, ...] | None:
-    """The turns of the next step, oldest first; None: there are not enough yet.
+class Logged(Protocol):
+    """What may be selected: a turn of a session."""
+
+    @property
+    def turn(self) -> int: ...
+    @property
+    def session(self) -> str: ...
+    @property
+    def created_at(self) -> float: ...
+
+
+def _oldest(one: Logged) -> tuple[float, ...]:
+    return one.created_at, one.turn
+
+
+def select[L: Logged](
+    samples: Iterable[L], *, batch_size: int, min_sessions: int, order: Callable[[L], tuple[float, ...]] = _oldest
+) -> tuple[L, ...] | None:
+    """The turns of the next step, in `order` (oldest first, unless another is given); None: there are not enough yet.
 
     Exactly `batch_size`, from at least `min_sessions` sessions, at most half from one; where one session is enough
     it may fill the batch. All `samples` must be eligible.
     """
     wanted_sessions = min(min_sessions, batch_size)
     most = batch_size if wanted_sessions == 1 else max(1, batch_size // 2)
-    taken: list[Sample] = []
+    taken: list[L] = []
     per_session: Counter[str] = Counter()
-    for sample in sorted(samples, key=lambda s: (s.created_at, s.turn)):
+    for sample in sorted(samples, key=order):
         free = batch_size - len(taken)
         reserved = wanted_sessions - len(per_session)  # places that only further sessions may take
         had = per_session[sample.session]

@@ -158,6 +158,10 @@ class LLMClient:
             self._budget.release(reservation)
         raise AssertionError("retry_context ends with a result or an exception")
 
+    async def affords(self, purpose: str, input_tokens: int, output_tokens: int) -> None:
+        """Raises BudgetExhausted where so much more can't be asked today; nothing is sent and nothing reserved."""
+        self._budget.release(await self._budget.reserve(purpose, self.endpoint.model, input_tokens, output_tokens))
+
     async def aclose(self) -> None:
         await self._http.aclose()
 

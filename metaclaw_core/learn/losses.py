@@ -39,6 +39,7 @@ CONFIGS: Mapping[LossName, Mapping[str, float]] = {
     "cispo": {"clip_low_threshold": 0.0, "clip_high_threshold": MOST_WEIGHT},
     "ppo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
 }
+_ROUNDING = 1e-3  # of a ratio: the same weights give slightly different logprobs when they sample and when they score
 _MOST_LOG_RATIO = 60.0  # larger ones are not computed: e^60 is as impossible as e^600
 
 
@@ -168,7 +169,7 @@ def prepare(
                 most = np.where(advantages[part.span] < 0, MOST_WEIGHT_NEGATIVE, MOST_WEIGHT)
                 advantages[part.span] *= np.minimum(ratio, most)
                 given[part.span] = logprobs[part.span]
-                clipped += int((ratio > most).sum())
+                clipped += int((ratio > most * (1 + _ROUNDING)).sum())
         inputs.append(Inputs(datum.input_ids, datum.targets, given, advantages.astype(np.float32)))
     return Call(loss, CONFIGS[loss], tuple(inputs), tokens, clipped / tokens)
 

@@ -2,20 +2,23 @@
 
 Design: everything that rl mode makes us pay for is added up from what the store knows: answers sampled from our own versions
 (`samples`), steps, siblings and the teacher (`spend`), and the judge. Where a limit is set, a price that is unknown stops
-training as a spent budget does, for what can't be added up can't be kept. An engine on this machine sends no bill.
+training as a spent budget does, for what can't be added up can't be kept. An engine and a teacher on this machine send no bill.
 
-Limits: list prices and a UTC day. What is in flight when the limit is reached is paid for: one call at a time.
+Limits: list prices and a UTC day. What is in flight when the limit is reached is paid for: one call at a time. Who billed is
+told by the settings of now: what another teacher read earlier in the day is looked up under its model's name.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 from sqlalchemy import func, select
 
+from metaclaw_core.addresses import parse_ip
 from metaclaw_core.learn.budget import TRAINING, book, spent
 from metaclaw_core.learn.prices import Prices
 from metaclaw_core.model import Usage
@@ -38,6 +41,16 @@ def book_training(store: Store, purpose: str, model: str, came_in: int, went_out
         book(connection, datetime.now(UTC).date().isoformat(), purpose, model, came_in, went_out)
 
 
+def book_readings(store: Store, purpose: str, model: str, came_in: Sequence[int]) -> None:
+    """The same for several calls that generate nothing, of so many tokens each, in one transaction."""
+    if purpose not in TRAINING:
+        raise ValueError(f"{purpose!r} is no purpose of training")
+    day = datetime.now(UTC).date().isoformat()
+    with store.transaction() as connection:
+        for tokens in came_in:
+            book(connection, day, purpose, model, tokens, 0)
+
+
 def day_spend(store: Store, settings: Settings, prices: Prices, now: float | None = None) -> DaySpend:
     """What rl mode has cost in the UTC day of `now` (unix seconds; None: the present one)."""
     day = datetime.fromtimestamp(time.time() if now is None else now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -53,6 +66,8 @@ def day_spend(store: Store, settings: Settings, prices: Prices, now: float | Non
             costs.append((model, 0.0 if free else prices.training_cost(model, train=came_in)))
         elif row["purpose"] in ("forward", "sibling"):
             costs.append((model, 0.0 if free else prices.training_cost(model, prefill=came_in, sample=went_out)))
+        elif row["purpose"] == "teacher" and model == settings.opd.teacher_model and is_own(settings.opd.teacher_url):
+            costs.append((model, 0.0))
         elif row["purpose"] in ("teacher", "judge"):
             costs.append((model, prices.cost(model, Usage(came_in, went_out), requests=row["requests"])))
     return DaySpend(sum(usd for _, usd in costs if usd is not None), tuple(sorted({model for model, usd in costs if usd is None})))
@@ -76,5 +91,13 @@ def over_budget(store: Store, settings: Settings, prices: Prices, now: float | N
 
 def sends_no_bill(settings: Settings) -> bool:
     """Whether sampling and training run on an engine of the user's own."""
-    host = urlsplit(settings.rl.tinker_base_url).hostname or ""
-    return host in ("127.0.0.1", "localhost", "::1")
+    return is_own(settings.rl.tinker_base_url)
+
+
+def is_own(url: str) -> bool:
+    """Whether `url` leads to this machine itself, by its spelling; what is no URL does not."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or parse_ip(host).is_loopback
+    except ValueError:  # no URL, or a name
+        return False

@@ -20,7 +20,7 @@ import numpy as np
 from metaclaw_core.errors import ConfigError
 from metaclaw_core.learn.batch import Datum, Float32
 from metaclaw_core.learn.endpoint import Endpoint
-from metaclaw_core.learn.money import book_training
+from metaclaw_core.learn.money import book_readings
 from metaclaw_core.learn.opd import aligned, opd_advantages, reverse_kl
 from metaclaw_core.learn.teacher import Teacher, TeacherUnfit, Tokenizer
 from metaclaw_core.settings import Settings
@@ -62,11 +62,11 @@ class Teaching:
     async def teach(self, datums: Sequence[Datum], student: Sequence[Float32]) -> Lesson:
         """`student`: (N,) logprobs of the present weights, one array per datum. Raises LLMUnavailable, LLMRefused."""
         answers = await asyncio.gather(*(self._teacher.score(d.full.tolist()) for d in datums))
+        book_readings(self._store, "teacher", self._teacher.endpoint.model, [d.full.size for d in datums])
         advantages: dict[int, Float32] = {}
         dropped: dict[int, str] = {}
         kls: list[tuple[float, int]] = []
         for datum, logprobs, taught in zip(datums, student, answers, strict=True):
-            book_training(self._store, "teacher", self._teacher.endpoint.model, datum.full.size)
             values = None if taught.logprobs is None else aligned(taught.logprobs, datum.targets.size)
             if values is None:
                 why = taught.problem or "its logprobs are not one finite number for each id"

@@ -3,9 +3,11 @@
 Design: plain arrays in and out, one coroutine a call, each with a time limit longer than the SDK's own retries (five minutes)
 and shorter than its wait for an unpaid bill (an hour). The client of a state is kept as long as the next step begins there;
 whatever goes wrong in a step drops it, because the server may have taken a part of it, and the next one is opened from what was
-saved. The first adapter is made with a fixed seed, so a first step that is done again is the same step.
+saved. What the SDK does without a time limit (it opens its session on first use, and waits for a bill even then) has a thread of
+its own that nothing waits for, neither the loop nor the end of the process. The first adapter is made with a fixed seed, so a first step that is done again is the same step.
 
-What the SDK raises becomes a `ServerError` with a kind that is one word; none of it is retried here.
+What the SDK raises becomes a `ServerError` with a kind that is one word; none of it is retried here. It waits for an unpaid bill
+without a word, so where a call ran out of time the server is asked once whether it serves us at all: a person has to know.
 
 Limits: one model and one run at a time. The SDK's telemetry is its own affair (TINKER_TELEMETRY=0 turns it off).
 """
@@ -13,8 +15,10 @@ Limits: one model and one run at a time. The SDK's telemetry is its own affair (
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +34,8 @@ from metaclaw_core.learn.losses import Call, Inputs
 
 SEED = 0
 TIMEOUT = 600.0  # seconds for one call
+_CLOSE_SECONDS = 5.0
+_ASK_SECONDS = 10.0  # for the question after a call that ran out of time
 _ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0}  # eps: the SDK's 1e-12 turns rounding noise into steps
 
 
@@ -64,6 +70,7 @@ class TrainingServer:
         self._training: Any = None
         self._at: tuple[str | None] | None = None  # the saved state that the client is at; None: it is at none
         self._samplers: dict[str | None, Any] = {}
+        self._sampling = asyncio.Lock()
 
     # --- training -----------------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class TrainingServer:
 
     async def tokenizer(self) -> Any:
         sampler = await self._sampler(None)
-        return await asyncio.to_thread(sampler.get_tokenizer)
+        return await self._wait(_aside(sampler.get_tokenizer), f"the tokenizer of {self.base_model}")
 
     async def sample(self, path: str | None, prompt: Sequence[int], *, n: int, max_tokens: int, stop_ids: Sequence[int]) -> list[Sampled]:
         """`n` replies at T=1 from the weights at `path`; None: the base model."""
@@ -146,20 +153,21 @@ class TrainingServer:
         return np.asarray(tail, dtype=np.float32)
 
     async def _sampler(self, path: str | None) -> Any:
-        if path not in self._samplers:
-            service = await self._connected()
-            where = {"base_model": self.base_model} if path is None else {"model_path": path}
-            if len(self._samplers) > 8:  # of versions long gone
-                self._samplers.clear()
-            self._samplers[path] = await self._wait(self._made(service.create_sampling_client, **where), path or self.base_model)
-        return self._samplers[path]
+        async with self._sampling:  # who asks for the same weights meanwhile shares the client
+            if path not in self._samplers:
+                service = await self._connected()
+                where = {"base_model": self.base_model} if path is None else {"model_path": path}
+                if len(self._samplers) > 8:  # of versions long gone
+                    self._samplers.clear()
+                self._samplers[path] = await self._wait(self._made(service.create_sampling_client, **where), path or self.base_model)
+            return self._samplers[path]
 
     # --- connection ---------------------------------------------------------------------------
 
     async def _connected(self) -> Any:
         if self._service is None:
             with _named(self.base_model):
-                self._service, self._rest = await asyncio.wait_for(asyncio.to_thread(self._connect), self._timeout_s)
+                self._service, self._rest = await asyncio.wait_for(_aside(self._connect), self._timeout_s)
         return self._service
 
     def _connect(self) -> tuple[Any, Any]:
@@ -168,7 +176,7 @@ class TrainingServer:
 
     async def _made(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A client of the service. The SDK's first call waits for the session, which must not hold up the loop."""
-        return await (await asyncio.to_thread(make, *args, **kwargs))
+        return await (await _aside(lambda: make(*args, **kwargs)))
 
     async def aclose(self) -> None:
         """The next call connects anew."""
@@ -177,11 +185,49 @@ class TrainingServer:
         service, self._service = self._service, None
         if service is not None:
             with contextlib.suppress(Exception):  # it may be what just broke; the server ends silent sessions by itself
-                await asyncio.wait_for(service.close("success"), 5.0)
+                # Even `close` waits for a session that is still being opened.
+                await asyncio.wait_for(_aside(lambda: service.close("success").result(_CLOSE_SECONDS)), min(_CLOSE_SECONDS, self._timeout_s))
 
     async def _wait(self, future: Any, what: str) -> Any:
-        with _named(what):
-            return await asyncio.wait_for(future, self._timeout_s)
+        try:
+            with _named(what):
+                return await asyncio.wait_for(future, self._timeout_s)
+        except ServerError as e:
+            if e.kind == "timeout":
+                await self._may_ask(what)
+            raise
+
+    async def _may_ask(self, what: str) -> None:
+        """Raises ServerError where the server says at once why it does not serve us: the bill, the key."""
+        try:
+            await asyncio.wait_for(_aside(self._ask_once), min(_ASK_SECONDS, self._timeout_s))
+        except Exception as e:
+            kind, sentence = explained(e, what)
+            if kind in ("billing", "auth"):
+                raise ServerError(kind, sentence) from e
+
+    def _ask_once(self) -> None:
+        service = tinker.ServiceClient(**self._where)
+        try:
+            # The SDK's own check of an account; what is public of it takes no address. Every other call waits while a bill is open.
+            service._check_accessible()
+        finally:
+            service.close("success").result(_CLOSE_SECONDS)
+
+
+async def _aside[T](work: Callable[[], T]) -> T:
+    """What `work` gives, from a daemon thread. The loop's own threads are few, and at its end it waits for them."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except Exception as e:  # noqa: BLE001 - it is handed on
+                future.set_exception(e)
+
+    threading.Thread(target=run, name="tinker", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def _datum(input_ids: NDArray[np.int32], **inputs: NDArray[Any]) -> types.Datum:
@@ -204,7 +250,7 @@ def _named(what: str) -> Iterator[None]:
 
 
 def explained(error: Exception, what: str) -> tuple[str, str]:
-    """Kind and sentence of what the SDK raised while doing `what`."""
+    """Kind and sentence of what the SDK raised while doing `what`. Some of its errors stand for another one, their cause."""
     kinds: Mapping[type[Exception] | tuple[type[Exception], ...], tuple[str, str]] = {
         (TimeoutError, tinker.APITimeoutError): ("timeout", "The training server did not answer in time"),
         tinker.APIConnectionError: ("down", "The training server can't be reached: is the engine running, is rl.tinker_base_url right?"),
@@ -213,7 +259,10 @@ def explained(error: Exception, what: str) -> tuple[str, str]:
         tinker.RateLimitError: ("rate_limit", "The training server asks to be called less often (status 429)"),
         tinker.NotFoundError: ("missing", "The training server does not know it"),
     }
-    for classes, (kind, text) in kinds.items():
-        if isinstance(error, classes):
-            return kind, f"{text} ({what})."
+    found: BaseException | None = error
+    while found is not None:
+        for classes, (kind, text) in kinds.items():
+            if isinstance(found, classes):
+                return kind, f"{text} ({what})."
+        found = found.__cause__ or found.__context__
     return "server", f"The training server failed ({what}): {type(error).__name__}: {error}"

@@ -1,7 +1,8 @@
 """New weights answer a few logged prompts before they serve, beside the stable ones: the calls that `fastchecks` judges.
 
 Design: one prompt of each of the newest sessions, the exact ids that were sampled from; all are asked at once. What it took is
-booked like siblings.
+booked like siblings. Weights that the server can't sample from at all, while it answers from the stable ones, are broken weights;
+any other failure is the server's, and the trial is made again.
 
 Limits: replies are cut at `REPLY_TOKENS`; where nothing was logged yet there is nothing to ask.
 """
@@ -9,7 +10,7 @@ Limits: replies are cut at `REPLY_TOKENS`; where nothing was logged yet there is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sqlalchemy import select
 from metaclaw_core.learn.fastchecks import PROMPTS, REPLY_TOKENS, Bounds, Checked, Reply, check
 from metaclaw_core.learn.journal import Version
 from metaclaw_core.learn.money import book_training
-from metaclaw_core.learn.trainer import TrainingServer
+from metaclaw_core.learn.trainer import Sampled, ServerError, TrainingServer
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.store.samplefile import unpack_ids
 from metaclaw_core.store.tables import samples, turns
@@ -30,25 +31,49 @@ async def trial(store: Store, server: TrainingServer, new: Version, stable: Vers
     if not prompts:
         return check([], [], bounds)
     reader = Readers(await server.tokenizer())
-    pairs = await asyncio.gather(*(_asked(store, server, reader, new, stable, prompt) for prompt in prompts))
-    return check([said for said, _ in pairs], [before for _, before in pairs], bounds)
+    pairs = await _together(*(_asked(store, server, reader, new, stable, prompt) for prompt in prompts))
+    failed = [said for said, _ in pairs if isinstance(said, ServerError)]
+    if failed and len(failed) < len(pairs):
+        raise failed[0]
+    said = [Reply(0, empty=True, malformed=False, failed=str(one)) if isinstance(one, ServerError) else one for one, _ in pairs]
+    return check(said, [before for _, before in pairs], bounds)
 
 
 async def _asked(
     store: Store, server: TrainingServer, reader: Readers, new: Version, stable: Version, prompt: list[int]
-) -> tuple[Reply, Reply]:
-    async def ask(version: Version) -> Any:
-        [reply] = await server.sample(version.sampler_path, prompt, n=1, max_tokens=REPLY_TOKENS, stop_ids=reader.stop_ids)
+) -> tuple[Reply | ServerError, Reply]:
+    async def ask(version: Version) -> Sampled | ServerError:
+        try:
+            [reply] = await server.sample(version.sampler_path, prompt, n=1, max_tokens=REPLY_TOKENS, stop_ids=reader.stop_ids)
+        except ServerError as e:
+            if e.kind != "server":
+                raise
+            return e
         book_training(store, "sibling", new.base_model, len(prompt), len(reply.tokens))
         return reply
 
-    said, before = await asyncio.gather(ask(new), ask(stable))
+    said, before = await _together(ask(new), ask(stable))
+    if isinstance(before, ServerError):
+        raise before
+    if isinstance(said, ServerError):
+        return said, reader.reply(before.tokens, None)
     kl = None
     if said.tokens:
         theirs = await server.logprobs(stable.sampler_path, [*prompt, *said.tokens], len(said.tokens))
         book_training(store, "sibling", new.base_model, len(prompt) + len(said.tokens))
         kl = float(np.mean(said.logprobs.astype(np.float64) - theirs))
     return reader.reply(said.tokens, kl), reader.reply(before.tokens, None)
+
+
+async def _together[T](*work: Coroutine[Any, Any, T]) -> list[T]:
+    """All at once. The first that fails ends the others: nothing goes on asking behind the caller's back."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _prompts(store: Store, base_model: str) -> list[list[int]]:

@@ -33,7 +33,7 @@ from itertools import product
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from metaclaw_core.model import Message, Request, Role
+from metaclaw_core.model import Json, Message, Request, Role
 from metaclaw_core.policy import families
 from metaclaw_core.policy.canonical import reasoning_of, reply_key
 from metaclaw_core.policy.context import TARGET, choose, leave_out
@@ -43,7 +43,7 @@ from metaclaw_core.policy.parse import ReplyReader, new_call_id
 from metaclaw_core.policy.tokens import Encoder, decode
 from metaclaw_core.wire.answer import Call
 
-__all__ = ["Known", "Prompt", "RenderError", "Renderer", "load_tokenizer", "stop_strings"]
+__all__ = ["Known", "Prompt", "RenderError", "Renderer", "load_tokenizer", "stop_strings", "stops_in"]
 
 _REPLIES = 2_000  # read and remembered
 _PROBE = "probe_4711"
@@ -323,8 +323,13 @@ class Renderer:
 
 def stop_strings(request: Request) -> tuple[str, ...]:
     """Those of the client, whatever its dialect calls them."""
+    return stops_in(request.sampling)
+
+
+def stops_in(sampling: Mapping[str, Json]) -> tuple[str, ...]:
+    """The same of a request's sampling parameters alone, as the store keeps them."""
     for name in ("stop", "stop_sequences", "stopSequences"):
-        value = request.sampling.get(name)
+        value = sampling.get(name)
         if isinstance(value, str):
             return (value,) if value else ()
         if isinstance(value, list):

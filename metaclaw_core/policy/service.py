@@ -36,6 +36,7 @@ logger = logging.getLogger("metaclaw.policy")
 ROUTE_SECONDS = 0.25
 CHECK_SECONDS = 10.0
 PRUNE_SECONDS = 3600.0
+_LOOKS = 5  # for new versions, between two signs of life
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _LOADING = "The policy server is connecting to the sampler and loading the tokenizer."
 
@@ -212,4 +213,11 @@ class Policy:
                 await self.memory.look_after(time.time(), prune=prune)
             except (OSError, MetaClawError) as e:
                 logger.warning("The heartbeat can't be written: %s", e)  # then nobody is sent here, which is right
-            await asyncio.sleep(BEAT_SECONDS)
+            await self._next_beat(beat.versions)
+
+    async def _next_beat(self, said: tuple[int, ...]) -> None:
+        """Wait, but not once other versions can be sampled from than was said: no human turn should miss new weights."""
+        for _ in range(_LOOKS):
+            await asyncio.sleep(BEAT_SECONDS / _LOOKS)
+            if self.sampler.versions != said:
+                return

@@ -6,7 +6,6 @@ what a step did not record is unknown. The newest 500 steps are read.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +61,7 @@ def training(store: Store) -> Training:
             steps=tuple(dict(row._mapping) for row in reversed(last)),
             versions=_rows(db, select(versions).order_by(versions.c.id.desc()).limit(100)),
             routes=_rows(db, select(route_events).order_by(route_events.c.id.desc()).limit(100)),
-            skipped=Counter(dict(_pairs(db, step_turns.c.reason, step_turns.c.reason.is_not(None)))),
+            skipped=dict(_pairs(db, step_turns.c.reason, step_turns.c.reason.is_not(None))),
             classes=dict(sorted(_pairs(db, samples.c.klass))),
             waiting=int(db.scalar(select(func.count()).select_from(turns).where(turns.c.state == "scored", turns.c.version.is_not(None))) or 0),
             spend=_rows(db, select(spend).where(spend.c.purpose.in_(PURPOSES)).order_by(spend.c.day.desc()).limit(60)),

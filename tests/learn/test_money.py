@@ -9,7 +9,7 @@ from sqlalchemy import insert
 from metaclaw_core.learn.budget import Budget
 from metaclaw_core.learn.money import DaySpend, book_training, day_spend, over_budget
 from metaclaw_core.learn.prices import Prices
-from metaclaw_core.settings import Settings
+from metaclaw_core.settings import OPD, Settings
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.store.tables import samples
@@ -77,6 +77,29 @@ def test_an_engine_on_this_machine_sends_no_bill(store: Store):
     sampled(store, time.time(), "tiny")
     book_training(store, "train", "tiny", 10**9)
     assert day_spend(store, settings(5.0, "http://127.0.0.1:8300"), PRICES) == DaySpend(0.0, ())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://localhost:8000/v1", "http://[::1]:8000/v1", "http://127.8.0.1/v1"])
+def test_a_teacher_on_this_machine_costs_nothing(store: Store, url: str):
+    book_training(store, "teacher", "my-teacher", 10**9)
+    own = settings(5.0).model_copy(update={"opd": OPD(teacher_url=url, teacher_model="my-teacher")})
+    assert day_spend(store, own, PRICES) == DaySpend(0.0, ())
+    assert over_budget(store, own, PRICES) is None
+
+
+@pytest.mark.parametrize("url", ["https://teacher.example/v1", "http://10.0.0.7:8000/v1", "http://[broken/v1", "", "http://127.0.0.1.example/v1"])
+def test_a_teacher_elsewhere_costs_what_its_model_does_or_is_unknown(store: Store, url: str):
+    book_training(store, "teacher", "j", 100_000)
+    book_training(store, "teacher", "my-teacher", 100_000)
+    elsewhere = settings(5.0).model_copy(update={"opd": OPD(teacher_url=url, teacher_model="my-teacher")})
+    found = day_spend(store, elsewhere, PRICES)
+    assert (round(found.usd, 6), found.unpriced) == (1.0, ("my-teacher",))
+
+
+def test_what_another_teacher_read_earlier_in_the_day_keeps_its_price(store: Store):
+    book_training(store, "teacher", "j", 100_000)
+    own = settings(5.0).model_copy(update={"opd": OPD(teacher_url="http://127.0.0.1:8000/v1", teacher_model="my-teacher")})
+    assert round(day_spend(store, own, PRICES).usd, 6) == 1.0
 
 
 def test_only_training_is_booked_as_such(store: Store):

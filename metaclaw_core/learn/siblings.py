@@ -1,0 +1,315 @@
+"""Fresh siblings of logged prompts (GRPO): several replies to one question, told apart by what the judge makes of each.
+
+Design: a prompt is the exact ids that a logged answer was sampled from. All members of a group are sampled anew from the weights
+that the step begins with, at T=1 with the logged limit and stop strings, so the sampler's logprobs are those of the behaviour and
+the step is on policy; the logged reply is left out, since what came of it is known and a sibling's is not. Each is judged on the
+reply alone (`ranking`), centred on its group, and goes through the same forward, guards and loss as a logged one. A group that tells
+nothing apart is left out with its reason.
+
+Prompts come from query sessions only, from turns that the judge has seen (so the gate keeps what live sessions earned); the
+newest first of those whose value in the tracker is between .2 and .8, since a question that always or never succeeds teaches
+little. Where there are too few, the others nearest to .5 fill the step, or a task that was once mastered could never be seen to
+fail; they are scored, but not compared in pairs. Every score enters the tracker with the step.
+
+What is claimed in the journal is the prompt's turn: none is used twice. Siblings live in memory until their step is written down,
+so a kill costs their tokens and nothing else, and their text never becomes a turn of anybody.
+
+Limits: nothing is executed. Inside a tool loop, and where calls were the reply, that makes a reply hard to judge: such prompts only
+with `rl.grpo_tools`; subagents' never. When siblings are sampled is said by `rl.schedule`: with `windows`, in idle time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from sqlalchemy import select as select_
+from sqlalchemy.engine import Row
+
+from metaclaw_core.errors import ConfigError
+from metaclaw_core.learn import journal
+from metaclaw_core.learn.advantage import Tracker, key_of
+from metaclaw_core.learn.batch import LeftOut, Sample, select
+from metaclaw_core.learn.candidates import waiting
+from metaclaw_core.learn.cluster import Clusters
+from metaclaw_core.learn.evolve import is_support
+from metaclaw_core.learn.groups import Group, Member, Prompt, Siblings
+from metaclaw_core.learn.guards import Guards
+from metaclaw_core.learn.journal import Version
+from metaclaw_core.learn.llm import BudgetExhausted, LLMClient, LLMRefused, LLMUnavailable
+from metaclaw_core.learn.money import book_training
+from metaclaw_core.learn.nextstate import instruction_of, said_before
+from metaclaw_core.learn.ranking import Asked, Reply, Worth, affordable, worth_of
+from metaclaw_core.learn.trainer import Sampled, ServerError, TrainingServer
+from metaclaw_core.learn.transcript import name_of
+from metaclaw_core.model import Role
+from metaclaw_core.settings import Settings
+from metaclaw_core.store.rollouts import Store
+from metaclaw_core.store.samplefile import unpack_ids
+from metaclaw_core.store.tables import samples, sessions, turns
+
+_LOOKED_AT = 512  # prompts, the newest
+_AT_ONCE = 8  # groups that are sampled or judged; one where a daily budget is set, so that no more than one call exceeds it
+_SHORT = 60  # characters; "yes, do it" means nothing without what was asked before
+
+
+class SiblingSource:
+    """Chooses prompts, samples and judges. The judge's client is the caller's to close."""
+
+    def __init__(
+        self, store: Store, settings: Settings, server: TrainingServer, guards: Guards, judge: LLMClient, *, taught: bool, at: Callable[[str], None]
+    ) -> None:
+        """Raises ConfigError where no group fits into a step."""
+        rl = settings.rl
+        if rl.group_size > rl.batch_size:
+            raise ConfigError(f"rl.group_size is {rl.group_size}, more than rl.batch_size ({rl.batch_size}): a step must hold a whole group.")
+        self._store, self._settings, self._server, self._guards, self._judge = store, settings, server, guards, judge
+        self._taught, self._at = taught, at
+        self._looked: tuple[tuple[int, int, int], str] | None = None  # what was there at the last look, and why it was not enough
+
+    # --- prompts ------------------------------------------------------------------------------
+
+    def choose(self, base: Version) -> tuple[tuple[Prompt, ...] | None, str, int]:
+        """The prompts of the next step; None: there are not enough, with the reason; and how many turns were found that never
+        can be used."""
+        rl = self._settings.rl
+        wanted = rl.batch_size // rl.group_size
+        there = (*waiting(self._store, scored=True), base.id)
+        if there[0] < wanted:
+            return None, f"{there[0]} of {wanted} prompts are there", 0
+        if self._looked is not None and self._looked[0] == there:
+            return None, self._looked[1], 0
+        found, never = self._prompts()
+        if never:
+            journal.set_aside(self._store, never)
+        valued = self._valued(found)
+        batch = select(valued, batch_size=wanted, min_sessions=rl.min_sessions, order=_most_promising)
+        why = f"{len(found)} of {wanted} prompts are there, from {len({p.session for p in found})} sessions"
+        if batch is None:
+            self._looked = (*waiting(self._store, scored=True), base.id), why
+        return batch, why, len(never)
+
+    def _prompts(self) -> tuple[list[Prompt], dict[int, str]]:
+        """What may be answered again, newest first, and the turns that never may, with the reason."""
+        rl = self._settings.rl
+        query = (
+            select_(samples.c.klass, samples.c.prompt_ids, samples.c.sampling.label("sampled"), samples.c.redacted.label("secret"),
+                    samples.c.created_at, turns, sessions.c.session_id)
+            .join(turns, turns.c.flow_id == samples.c.flow_id)
+            .join(sessions, sessions.c.id == turns.c.session)
+            .where(turns.c.state == "scored", samples.c.base_model == self._server.base_model)
+            .order_by(turns.c.started_at.desc(), turns.c.id.desc())
+            .limit(_LOOKED_AT)
+        )  # fmt: skip
+        query = query.where(turns.c.kind.in_(("main", "tool"))) if rl.grpo_tools else query.where(turns.c.kind == "main", turns.c.tool_calls.is_(None))
+        found: list[Prompt] = []
+        never: dict[int, str] = {}
+        with self._store.reading() as db:
+            for row in db.execute(query).all():
+                instruction = instruction_of(db, dict(row._mapping))
+                if (reason := self._why_never(row, instruction)) is not None:
+                    never[row.id] = str(reason)
+                    continue
+                earlier = said_before(db, dict(row._mapping)) if instruction is not None and len(instruction) <= _SHORT else None
+                found.append(_prompt(row, Asked(instruction or "", earlier), self._settings.policy.max_tokens))
+        return found, never
+
+    def _why_never(self, row: Row[Any], instruction: str | None) -> LeftOut | None:
+        if row.klass != "A":
+            return LeftOut.NOT_A
+        if is_support(row.session_id, self._settings.rl.support_share):
+            return LeftOut.SUPPORT
+        if row.secret:
+            return LeftOut.REDACTED
+        if row.prompt_ids is None:
+            return LeftOut.EMPTY
+        return LeftOut.NO_QUESTION if not instruction else None
+
+    def _valued(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """With what the tracker expects of each; a task that is new has the mean of all."""
+        tracker = Tracker.from_json(kept) if (kept := journal.carried(self._store, "tracker")) else Tracker()
+        clusters = Clusters.from_json(journal.carried(self._store, "clusters") or [])
+        return [replace(p, value=tracker.value(key_of(clusters.place(p.text)[0], p.agent))) for p in prompts]
+
+    # --- siblings -----------------------------------------------------------------------------
+
+    async def work(self, base: Version, prompts: Sequence[Prompt]) -> Siblings | str:
+        """Groups for the claimed prompts, sampled from `base` and judged; or why there are none now. Raises ServerError,
+        StoreError."""
+        clusters = Clusters.from_json(journal.carried(self._store, "clusters") or [])
+        placed = []
+        for prompt in prompts:
+            cluster, clusters = clusters.place(prompt.text)
+            placed.append(replace(prompt, cluster=cluster))
+        reader = Reader(await self._server.tokenizer())
+        try:
+            await affordable(self._judge, self._settings.judge, self._settings.rl.group_size)  # before siblings are paid for in vain
+            drawn = await self._each(placed, lambda p: self._sample(base, p, reader.stop_ids))
+            problems = [d if isinstance(d, str) else None for d in drawn]
+            if (problem := problems[0]) is not None and None not in problems:
+                raise ServerError("server", problem)
+            self._at("sampled")
+            sampled = [[] if isinstance(d, str) else d for d in drawn]
+            read = await asyncio.to_thread(lambda: [[reader.read(p, s) for s in some] for p, some in zip(placed, sampled, strict=True)])
+            shown = await asyncio.to_thread(self._with_results, placed)
+            judged = await self._each(list(zip(shown, read, strict=True)), lambda pair: self._judged(*pair))
+            self._at("judged")
+        except _Closed as e:
+            return str(e)
+        except BudgetExhausted as e:
+            raise ServerError("judge_budget", str(e)) from e
+        except LLMUnavailable as e:
+            raise ServerError("judge_down", str(e)) from e
+        except LLMRefused as e:
+            raise ServerError("judge", str(e)) from e
+        groups, before = [], 0
+        for prompt, some, worth, problem in zip(placed, read, judged, problems, strict=True):
+            groups.append(replace(_group(prompt, base, some, worth, before), problem=problem and f"it can't be answered: {problem}"))
+            before += len(some)
+        return Siblings(tuple(groups), clusters, self._taught)
+
+    async def _each[P, T](self, items: Sequence[P], ask: Callable[[P], Coroutine[Any, Any, T]]) -> list[T]:
+        """What `ask` brings for each, a few at once, the guards asked before each. After the first failure no more are begun;
+        it is raised once those under way have ended."""
+        free = asyncio.Semaphore(1 if self._settings.rl.daily_budget_usd is not None else _AT_ONCE)
+        failed = False
+
+        async def one(item: P) -> T:
+            nonlocal failed
+            async with free:
+                if failed:
+                    raise _Closed("another call failed")
+                try:
+                    if (waits := await asyncio.to_thread(self._guards.closed)) is not None:
+                        raise _Closed(waits)
+                    return await ask(item)
+                except BaseException:
+                    failed = True
+                    raise
+
+        results = await asyncio.gather(*(one(item) for item in items), return_exceptions=True)
+        errors = [r for r in results if isinstance(r, BaseException)]
+        if errors:
+            raise next((e for e in errors if not isinstance(e, _Closed)), errors[0])
+        return [r for r in results if not isinstance(r, BaseException)]
+
+    async def _sample(self, base: Version, prompt: Prompt, stop_ids: Sequence[int]) -> list[Sampled] | str:
+        """The siblings; or why the server can't take this prompt (its context may be shorter now), unless it takes none."""
+        ids, n = prompt.ids.tolist(), self._settings.rl.group_size
+        try:
+            replies = await self._server.sample(base.sampler_path, ids, n=n, max_tokens=prompt.max_tokens, stop_ids=stop_ids)
+        except ServerError as e:
+            if e.kind != "server":
+                raise
+            return str(e)
+        # The prompt may be billed once; n times is the most it can cost.
+        went_out = sum(len(r.tokens) for r in replies)
+        await asyncio.to_thread(book_training, self._store, "sibling", self._server.base_model, n * len(ids), went_out)
+        return replies
+
+    async def _judged(self, prompt: Prompt, replies: Sequence[tuple[Sampled, Reply]]) -> Worth:
+        return await worth_of(
+            self._judge, self._settings.judge, prompt.asked, [reply for _, reply in replies],
+            calls=self._settings.rl.grpo_tools, pairs=prompt.promising,
+        )  # fmt: skip
+
+    def _with_results(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """What tools had returned before each, so that a reply in a tool loop can be judged."""
+        if not self._settings.rl.grpo_tools:
+            return list(prompts)
+        return [replace(p, asked=replace(p.asked, results=results_before(self._store, p.turn))) for p in prompts]
+
+
+def results_before(store: Store, turn: int) -> tuple[tuple[str, str], ...]:
+    """(tool, what it returned) of what the request of `turn` ends with, in its order; none: it answers a human."""
+    with store.reading() as db:
+        tip = db.scalar(select_(turns.c.prompt_tip).where(turns.c.id == turn))
+    found: list[tuple[str | None, str | None, str]] = []
+    for message in reversed(store.conversation(tip)):
+        if message.role is Role.ASSISTANT:
+            names = {call.id: call.name for call in message.tool_calls}
+            return tuple((name_of(name or names.get(call) or "a tool"), text) for name, call, text in found)
+        found = [(r.name, r.call_id, r.text) for r in message.tool_results] + found
+    return ()
+
+
+class _Closed(Exception):
+    """Nothing more may be asked now."""
+
+
+class Reader:
+    """How replies of one tokenizer are read. Not for two threads at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from metaclaw_core.policy.families import family_of, stops_of
+
+        self._tokenizer, self._family = tokenizer, family_of(tokenizer)
+        self.stop_ids = stops_of(self._family, tokenizer)
+
+    def read(self, prompt: Prompt, sampled: Sampled) -> tuple[Sampled, Reply]:
+        """The tokens that count, up to a stop string of the client, and what they say."""
+        from metaclaw_core.policy.parse import ReplyReader
+
+        thinking = str(self._tokenizer.decode(prompt.ids[-8:].tolist())).rstrip().endswith("<think>")
+        reader = ReplyReader(
+            self._tokenizer, self._family, stop_ids=self.stop_ids, stops=prompt.stops, schemas={} if prompt.tools else None,
+            thinking=thinking, call_id=lambda _: None,
+        )  # fmt: skip
+        reader.feed(sampled.tokens)
+        reader.finish()
+        ended = sampled.stopped or reader.stopped
+        counts = Sampled(sampled.tokens[: reader.kept], sampled.logprobs[: reader.kept], ended)
+        return counts, Reply(reader.message, cut=not ended, malformed=reader.malformed)
+
+
+def _most_promising(prompt: Prompt) -> tuple[float, ...]:
+    off = 0.0 if prompt.promising else abs(prompt.value - 0.5)
+    return off, -prompt.created_at, -prompt.turn
+
+
+def _prompt(row: Row[Any], asked: Asked, most: int) -> Prompt:
+    """`most`: tokens of a reply where the logged one had no limit."""
+    from metaclaw_core.policy.render import stops_in
+
+    return Prompt(
+        turn=row.id,
+        session=row.session,
+        split_by=row.session_id,
+        created_at=row.created_at,
+        ids=unpack_ids(row.prompt_ids).astype(np.int32),
+        max_tokens=int(row.sampled.get("max_tokens", most)),
+        stops=stops_in(row.sampling or {}),
+        tools=row.tools is not None,
+        asked=asked,
+        text=row.user_text or "",
+        agent=f"{row.agent or '?'}/{row.kind}",
+    )
+
+
+def _group(prompt: Prompt, base: Version, replies: Sequence[tuple[Sampled, Reply]], worth: Worth, before: int) -> Group:
+    members = []
+    for n, (sampled, reply) in enumerate(replies):
+        sample = Sample(
+            turn=-1 - before - n,
+            session=prompt.session,
+            split_by=prompt.split_by,
+            human_turn=None,
+            klass="A",
+            prompt_ids=prompt.ids,
+            tokens=np.asarray(sampled.tokens, dtype=np.int32),
+            logprobs=sampled.logprobs,
+            version=base.id,
+            stop_reason="length" if reply.cut else "stop",
+            reward=worth.worth[n],
+            malformed=reply.malformed,
+            redacted=False,
+            created_at=time.time(),
+            cluster=prompt.cluster,
+            agent=prompt.agent,
+        )
+        members.append(Member(sample, worth.scores[n], reply.cut))
+    return Group(prompt, tuple(members), worth.paired)
