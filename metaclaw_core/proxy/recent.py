@@ -1,8 +1,8 @@
 """The last requests of each session, kept to read the next ones by.
 
 Design: see ``wire.reread`` for why the answer is exact whatever is kept here; this only chooses. A caller's
-last few sessions are compared with a new body at memory speed, and the one that has most in common with it is built
-upon: the request before it in the same session as a rule, for the first request of a session one of another.
+last sessions are compared with a new body at memory speed, and the one that begins most like it is built upon: the
+request before it in the same session as a rule, for the first request of a session one of another.
 
 Bounded in entries and bytes, the least recently used going first. For use on the event loop only.
 """
@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from metaclaw_core.prefix import Likeness, likeness
+from metaclaw_core.prefix import Likeness, common_suffix, longest
 from metaclaw_core.wire.base import Dialect
 from metaclaw_core.wire.reread import Reading, read, reread
 
 MAX_ENTRIES = 24
 MAX_BYTES = 4 << 20  # of bodies; what was read from them takes twice that
-_TRIED = 4
-_ENOUGH = 0.95  # of the older body: it is a request of the same session, no better one will be found
 
 
 class Recent:
@@ -28,19 +26,17 @@ class Recent:
 
     def read(self, dialect: Dialect, body: bytes, path: str, caller: str) -> tuple[Reading, Likeness | None]:
         """What `body` says, and how far it is a body before it. Raises WireError as the dialect's `parse_request` does."""
-        best: Reading | None = None
-        like: Likeness | None = None
-        tried = 0
-        for other, reading in reversed(self._readings.values()):
-            if other != caller or reading.dialect is not dialect or reading.path != path:
-                continue
-            this = likeness(reading.body, body)
-            if like is None or this.shared > like.shared:
-                best, like = reading, this
-            tried += 1
-            if tried == _TRIED or this.shared > _ENOUGH * len(reading.body):
-                break
-        return (best and reread(best, body, path, like)) or read(dialect, body, path), like
+        own = [
+            reading
+            for other, reading in reversed(self._readings.values())
+            if other == caller and reading.dialect is dialect and reading.path == path
+        ]
+        place, prefix = longest((reading.body for reading in own), body)
+        if place < 0:
+            return read(dialect, body, path), None
+        old = own[place]
+        like = Likeness(old.body, prefix, common_suffix(old.body, body, min(len(old.body), len(body)) - prefix))
+        return reread(old, body, path, like) or read(dialect, body, path), like
 
     def keep(self, session: str, caller: str, reading: Reading) -> None:
         """`reading` as the newest request of `session`, a key that tells callers apart, too."""
