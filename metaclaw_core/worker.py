@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,13 @@ async def serve(*, follow_stdin: bool) -> None:
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
     callers = Callers(store, settings.proxy.hosts, enabled=settings.llm.use_caller_credentials)
-    follower = asyncio.ensure_future(until_stdin_closes(stop, callers.take)) if follow_stdin else None
+    def take(message: Mapping[str, Any]) -> None:
+        if message.get("type") == "forget":
+            store.forget()
+        else:
+            callers.take(message)
+
+    follower = asyncio.ensure_future(until_stdin_closes(stop, take)) if follow_stdin else None
     budget = Budget(store, settings.llm.daily_token_budget)
     evolver = _evolver(store, settings, callers, budget)
     judge = _judge(settings, budget)

@@ -55,6 +55,10 @@ class Member:
     score: float | None  # by itself
     cut: bool = False
 
+    @property
+    def may_learn(self) -> bool:
+        return not self.cut and self.sample.tokens.size > 0  # a server may end a reply without a token
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -68,7 +72,7 @@ class Group:
         """Why it teaches nothing; None: it does."""
         if self.problem is not None:
             return self.problem
-        worth = [m.sample.earned for m in self.members if not m.cut]
+        worth = [m.sample.earned for m in self.members if m.may_learn]
         if grpo([worth])[0] is not None:
             return None
         known = sum(w is not None for w in worth)
@@ -85,7 +89,7 @@ class Siblings:
 
     @property
     def samples(self) -> list[Sample]:
-        return [m.sample for g in self.groups for m in g.members if not m.cut and self._learns(g, m)]
+        return [m.sample for g in self.groups for m in g.members if m.may_learn and self._learns(g, m)]
 
     def _learns(self, group: Group, member: Member) -> bool:
         return self.taught or (group.reason is None and member.sample.earned is not None)

@@ -9,6 +9,8 @@ a reply is worth in itself and go to the value tracker; pairs only say which sib
 A reply with a call that can't be read is worth 0 and a reply that was cut is worth nothing known, both without a question to the
 judge; so is a call where calls are not to be judged. Equal replies are never compared.
 
+A refusal that may be about the words of one reply counts as no vote; `Worth.refused` tells where the judge refused them all.
+
 Limits: a group of n that ties costs n (n - 1) further questions. The judge does not see what tools would have returned, so a call
 is judged as a next step and not by its effect.
 """
@@ -16,8 +18,10 @@ is judged as a next step and not by its effect.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -37,6 +41,8 @@ from metaclaw_core.learn.llm import LLMClient, LLMRefused
 from metaclaw_core.learn.transcript import LIMIT_TOKENS, Origin, Section, action_sections, render, turn_sections
 from metaclaw_core.model import Message
 from metaclaw_core.settings import Judge
+
+type Permit = Callable[[], AbstractAsyncContextManager[None]]  # each question to the judge is asked within one
 
 _ABOUT_THE_PROMPT = frozenset({400, 413, 422})  # a refusal that may be about these words and not about us
 
@@ -72,6 +78,7 @@ class Worth:
     scores: tuple[float | None, ...]  # 0 to 1, each by itself
     worth: tuple[float | None, ...]  # 0 to 1, what the group is centred on
     paired: bool = False  # the worth is of pairs
+    refused: str | None = None  # what the judge said, where it refused every reply that it was shown
 
 
 async def affordable(client: LLMClient, settings: Judge, replies: int) -> None:
@@ -81,23 +88,26 @@ async def affordable(client: LLMClient, settings: Judge, replies: int) -> None:
 
 
 async def worth_of(
-    client: LLMClient, settings: Judge, asked: Asked, replies: Sequence[Reply], *, calls: bool, pairs: bool
+    client: LLMClient, settings: Judge, asked: Asked, replies: Sequence[Reply], *, calls: bool, pairs: bool, permit: Permit = nullcontext
 ) -> Worth:
     """`calls`: replies that call a tool are judged, too. `pairs`: compare where the scores tell nothing apart.
 
-    Raises LLMUnavailable, LLMRefused (but for refusals of a single reply), BudgetExhausted, StoreError.
+    Raises LLMUnavailable, LLMRefused (but for refusals of a single reply), BudgetExhausted, StoreError, and what `permit` raises.
     """
     judged = [not r.cut and not r.malformed and (calls or not r.message.tool_calls) for r in replies]
-    given = await _all(_score(client, settings, asked, r) for r, is_judged in zip(replies, judged, strict=True) if is_judged)
-    left = iter(given)
+    given = await _all(_score(client, settings, asked, r, permit) for r, is_judged in zip(replies, judged, strict=True) if is_judged)
+    refusals = [one for one in given if isinstance(one, str)]
+    left = iter([None if isinstance(one, str) else one for one in given])
     scores = tuple(
         next(left) if is_judged else 0.0 if r.malformed and not r.cut else None for r, is_judged in zip(replies, judged, strict=True)
     )
+    if refusals and len(refusals) == len(given):
+        return Worth(scores, scores, refused=refusals[0])
     among = [n for n, is_judged in enumerate(judged) if is_judged]
     if grpo([scores])[0] is not None or not pairs or len({replies[n].shown for n in among}) < 2:
         return Worth(scores, scores)
     couples = [(a, b) for a, b in combinations(among, 2) if replies[a].shown != replies[b].shown]
-    better = await _all(_better(client, settings, asked, replies[a], replies[b], n) for n, (a, b) in enumerate(couples))
+    better = await _all(_better(client, settings, asked, replies[a], replies[b], n, permit) for n, (a, b) in enumerate(couples))
     shares = won(among, dict(zip(couples, better, strict=True)))
     worth = tuple(shares.get(n, score) for n, score in enumerate(scores))
     return Worth(scores, worth, paired=True)
@@ -113,24 +123,27 @@ def won(among: Sequence[int], better: Mapping[tuple[int, int], int]) -> dict[int
     return {n: value / (len(among) - 1) for n, value in points.items()}
 
 
-async def _score(client: LLMClient, settings: Judge, asked: Asked, reply: Reply) -> float | None:
+async def _score(client: LLMClient, settings: Judge, asked: Asked, reply: Reply, permit: Permit) -> float | str | None:
+    """The score, None: no majority; or what the judge said that refused this reply."""
     shown, acts = turn_sections(asked.instruction, reply.message, None, earlier=asked.earlier), len(action_sections(reply.message))
     messages = turn_messages(render([*shown[:-acts], *asked.sections(), *shown[-acts:]]), next_known=False)
     try:
-        votes = await _all(vote_on_turn(client, settings, messages, model_of(client, settings, n)) for n in range(settings.votes))
+        asks = (partial(vote_on_turn, client, settings, messages, model_of(client, settings, n)) for n in range(settings.votes))
+        votes = await _all(_within(permit, ask) for ask in asks)
     except LLMRefused as e:
         if e.status in _ABOUT_THE_PROMPT:
-            return None
+            return str(e)
         raise
     return reward_of(majority([vote.value for vote in votes]))
 
 
-async def _better(client: LLMClient, settings: Judge, asked: Asked, one: Reply, other: Reply, number: int) -> int:
+async def _better(client: LLMClient, settings: Judge, asked: Asked, one: Reply, other: Reply, number: int, permit: Permit) -> int:
     """1: the one, -1: the other, 0: undecided, or the orders disagree. Both orders are judged by the same model."""
     model = model_of(client, settings, number)
     orders = [pair_messages(render(_pair(asked, first, second))) for first, second in ((one, other), (other, one))]
     try:
-        straight, swapped = await _all(vote_on_pair(client, settings, messages, model) for messages in orders)
+        asks = (partial(vote_on_pair, client, settings, messages, model) for messages in orders)
+        straight, swapped = await _all(_within(permit, ask) for ask in asks)
     except LLMRefused as e:
         if e.status in _ABOUT_THE_PROMPT:
             return 0
@@ -152,6 +165,11 @@ def _pair(asked: Asked, first: Reply, second: Reply) -> list[Section]:
         acts = action_sections(reply.message)
         sections += [Section(f"candidate {name}, {s.label}", s.origin, s.text, 0.4 / len(acts)) for s in acts]
     return sections
+
+
+async def _within[T](permit: Permit, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async with permit():
+        return await ask()
 
 
 async def _all[T](work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

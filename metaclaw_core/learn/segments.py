@@ -62,7 +62,8 @@ class SegmentFinder:
         self._idle_s = idle_s
         self._looked: dict[str, tuple[float, float]] = {}  # session → (its last_at then, when to look again)
         self._successors: dict[str, float] = {}  # session → when the newest one of its key began
-        self._goes_on: dict[int, tuple[int, int, int]] = {}  # turn → what before it it was seen to go on from
+        # Content key of a turn → what it was seen to go on from. Not its row's id: after a purge those are given again.
+        self._goes_on: dict[str, tuple[int, str, str]] = {}
 
     def find(self, now: float, *, asked: Collection[str] = (), imported: bool = False) -> list[NewSegment]:
         """Segments that have ended since the last look, written down. `asked`: keys of sessions whose open rest counts
@@ -132,14 +133,14 @@ class SegmentFinder:
 
     def _dropped_history(self, db: Connection, row: Row[Any], before: Sequence[Row[Any]]) -> bool:
         """What was seen once need not be read again: an open rest is looked at whenever something is said in its session."""
-        seen = (len(before), before[0].id, before[-1].id)
-        if self._goes_on.get(row.id) == seen:
+        seen = (len(before), before[0].content_key, before[-1].content_key)
+        if self._goes_on.get(row.content_key) == seen:
             return False
         dropped = _dropped_history(db, row, before)
         if not dropped:
             if len(self._goes_on) >= _REMEMBERED:
                 self._goes_on.clear()
-            self._goes_on[row.id] = seen
+            self._goes_on[row.content_key] = seen
         return dropped
 
 

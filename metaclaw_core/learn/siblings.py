@@ -12,7 +12,8 @@ little. Where there are too few, the others nearest to .5 fill the step, or a ta
 fail; they are scored, but not compared in pairs. Every score enters the tracker with the step.
 
 What is claimed in the journal is the prompt's turn: none is used twice. Siblings live in memory until their step is written down,
-so a kill costs their tokens and nothing else, and their text never becomes a turn of anybody.
+so a kill costs their tokens and nothing else, and their text never becomes a turn of anybody. Where the judge answers nobody they
+wait in memory for it, as long as the weights are the same: an outage must not cost a batch of replies with each new try.
 
 Limits: nothing is executed. Inside a tool loop, and where calls were the reply, that makes a reply hard to judge: such prompts only
 with `rl.grpo_tools`; subagents' never. When siblings are sampled is said by `rl.schedule`: with `windows`, in idle time.
@@ -22,7 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +56,7 @@ from metaclaw_core.store.tables import samples, sessions, turns
 
 _LOOKED_AT = 512  # prompts, the newest
 _AT_ONCE = 8  # groups that are sampled or judged; one where a daily budget is set, so that no more than one call exceeds it
+_WAIT_FOR = 10  # tries that siblings wait for a judge that is down; then they are sampled anew, in case it is for what they say
 _SHORT = 60  # characters; "yes, do it" means nothing without what was asked before
 
 
@@ -70,6 +73,11 @@ class SiblingSource:
         self._store, self._settings, self._server, self._guards, self._judge = store, settings, server, guards, judge
         self._taught, self._at = taught, at
         self._looked: tuple[tuple[int, int, int], str] | None = None  # what was there at the last look, and why it was not enough
+        # With a daily budget one question at a time, so that no more than one exceeds it.
+        self._asking = asyncio.Semaphore(1 if rl.daily_budget_usd is not None else settings.llm.concurrency)
+        self._answered = self._failed = False  # the judge, in this step
+        self._drawn: dict[tuple[int, int], list[Sampled]] = {}  # (version, turn) → siblings that wait for the judge
+        self._tries = 0  # that they have waited for
 
     # --- prompts ------------------------------------------------------------------------------
 
@@ -146,17 +154,26 @@ class SiblingSource:
             cluster, clusters = clusters.place(prompt.text)
             placed.append(replace(prompt, cluster=cluster))
         reader = Reader(await self._server.tokenizer())
+        self._answered = self._failed = False
+        waited, self._drawn = self._drawn, {}
         try:
             await affordable(self._judge, self._settings.judge, self._settings.rl.group_size)  # before siblings are paid for in vain
-            drawn = await self._each(placed, lambda p: self._sample(base, p, reader.stop_ids))
+            drawn = await self._each(placed, lambda p: self._sample(base, p, reader.stop_ids, waited))
             problems = [d if isinstance(d, str) else None for d in drawn]
-            if (problem := problems[0]) is not None and None not in problems:
-                raise ServerError("server", problem)
+            if None not in problems:
+                await self._answers_at_all(base, placed[0])
             self._at("sampled")
             sampled = [[] if isinstance(d, str) else d for d in drawn]
             read = await asyncio.to_thread(lambda: [[reader.read(p, s) for s in some] for p, some in zip(placed, sampled, strict=True)])
             shown = await asyncio.to_thread(self._with_results, placed)
-            judged = await self._each(list(zip(shown, read, strict=True)), lambda pair: self._judged(*pair))
+            try:
+                judged = await self._each(list(zip(shown, read, strict=True)), lambda pair: self._judged(*pair))
+            except LLMUnavailable:
+                self._let_wait(base, placed, sampled)
+                raise
+            self._tries = 0
+            if not self._answered and len(judged) > 1 and (why := next((one.refused for one in judged if one.refused), None)) is not None:
+                raise ServerError("judge", why)  # one prompt may be refused for what it says, all of them are not
             self._at("judged")
         except _Closed as e:
             return str(e)
@@ -197,13 +214,17 @@ class SiblingSource:
             raise next((e for e in errors if not isinstance(e, _Closed)), errors[0])
         return [r for r in results if not isinstance(r, BaseException)]
 
-    async def _sample(self, base: Version, prompt: Prompt, stop_ids: Sequence[int]) -> list[Sampled] | str:
-        """The siblings; or why the server can't take this prompt (its context may be shorter now), unless it takes none."""
+    async def _sample(
+        self, base: Version, prompt: Prompt, stop_ids: Sequence[int], waited: Mapping[tuple[int, int], list[Sampled]]
+    ) -> list[Sampled] | str:
+        """The siblings; or why the server refuses this prompt: its context may be shorter now."""
+        if (before := waited.get((base.id, prompt.turn))) is not None:
+            return before
         ids, n = prompt.ids.tolist(), self._settings.rl.group_size
         try:
             replies = await self._server.sample(base.sampler_path, ids, n=n, max_tokens=prompt.max_tokens, stop_ids=stop_ids)
         except ServerError as e:
-            if e.kind != "server":
+            if e.kind != "refused":
                 raise
             return str(e)
         # The prompt may be billed once; n times is the most it can cost.
@@ -211,10 +232,38 @@ class SiblingSource:
         await asyncio.to_thread(book_training, self._store, "sibling", self._server.base_model, n * len(ids), went_out)
         return replies
 
+    async def _answers_at_all(self, base: Version, prompt: Prompt) -> None:
+        """Where every prompt is refused it may not be for what they are. Raises ServerError where the server refuses anything."""
+        [reply] = await self._server.sample(base.sampler_path, prompt.ids[:1].tolist(), n=1, max_tokens=1, stop_ids=())
+        await asyncio.to_thread(book_training, self._store, "sibling", self._server.base_model, 1, len(reply.tokens))
+
+    def _let_wait(self, base: Version, prompts: Sequence[Prompt], sampled: Sequence[list[Sampled]]) -> None:
+        """The judge is down. Where it answers others it may be for what one of these says, so new ones are sampled then."""
+        self._tries += 1
+        if self._answered or self._tries > _WAIT_FOR:
+            self._tries = 0
+        else:
+            self._drawn = {(base.id, p.turn): some for p, some in zip(prompts, sampled, strict=True) if some}
+
+    @asynccontextmanager
+    async def _permit(self) -> AsyncIterator[None]:
+        """For one question to the judge. After one that it did not answer no more are begun. Raises _Closed."""
+        async with self._asking:
+            if self._failed:
+                raise _Closed("another call failed")
+            if (waits := await asyncio.to_thread(self._guards.closed)) is not None:
+                raise _Closed(waits)
+            try:
+                yield
+            except (LLMUnavailable, BudgetExhausted):
+                self._failed = True
+                raise
+            self._answered = True
+
     async def _judged(self, prompt: Prompt, replies: Sequence[tuple[Sampled, Reply]]) -> Worth:
         return await worth_of(
             self._judge, self._settings.judge, prompt.asked, [reply for _, reply in replies],
-            calls=self._settings.rl.grpo_tools, pairs=prompt.promising,
+            calls=self._settings.rl.grpo_tools, pairs=prompt.promising, permit=self._permit,
         )  # fmt: skip
 
     def _with_results(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -36,11 +36,13 @@ SEED = 0
 TIMEOUT = 600.0  # seconds for one call
 _CLOSE_SECONDS = 5.0
 _ASK_SECONDS = 10.0  # for the question after a call that ran out of time
+_REFUSALS = (tinker.BadRequestError, tinker.UnprocessableEntityError)
 _ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0}  # eps: the SDK's 1e-12 turns rounding noise into steps
 
 
 class ServerError(MetaClawError):
-    """A call failed. `kind`: "timeout", "down", "auth", "billing", "rate_limit", "missing" (unknown path) or "server"."""
+    """A call failed. `kind`: "timeout", "down", "auth", "billing", "rate_limit", "missing" (unknown path), "refused" (this very
+    call can't be served, and trying again changes nothing) or "server"."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -259,10 +261,13 @@ def explained(error: Exception, what: str) -> tuple[str, str]:
         tinker.RateLimitError: ("rate_limit", "The training server asks to be called less often (status 429)"),
         tinker.NotFoundError: ("missing", "The training server does not know it"),
     }
+    said = f"The training server failed ({what}): {type(error).__name__}: {error}"
     found: BaseException | None = error
     while found is not None:
         for classes, (kind, text) in kinds.items():
             if isinstance(found, classes):
                 return kind, f"{text} ({what})."
+        if isinstance(found, _REFUSALS) or (isinstance(found, tinker.RequestFailedError) and found.category == "user"):
+            return "refused", said
         found = found.__cause__ or found.__context__
-    return "server", f"The training server failed ({what}): {type(error).__name__}: {error}"
+    return "server", said

@@ -2,9 +2,12 @@
 
 Design: one prompt of each of the newest sessions, the exact ids that were sampled from; all are asked at once. What it took is
 booked like siblings. Weights that the server can't sample from at all, while it answers from the stable ones, are broken weights;
-any other failure is the server's, and the trial is made again.
+any other failure is the server's, and the trial is made again. A prompt that it refuses with the stable weights as well (its
+context may be shorter now) says nothing about either. Where that is so of all, the trial waits until new answers were logged: no
+weights serve unseen.
 
-Limits: replies are cut at `REPLY_TOKENS`; where nothing was logged yet there is nothing to ask.
+Limits: replies are cut at `REPLY_TOKENS`, and at what the logged one might have had; where nothing was logged yet there is nothing
+to ask.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ async def trial(store: Store, server: TrainingServer, new: Version, stable: Vers
     if not prompts:
         return check([], [], bounds)
     reader = Readers(await server.tokenizer())
-    pairs = await _together(*(_asked(store, server, reader, new, stable, prompt) for prompt in prompts))
+    asked = await _together(*(_asked(store, server, reader, new, stable, *prompt) for prompt in prompts))
+    pairs = [pair for pair in asked if not isinstance(pair, str)]
+    if not pairs:
+        raise ServerError("refused", f"New weights wait for prompts to be tried with: the server refuses the last {len(asked)}. {asked[0]}")
     failed = [said for said, _ in pairs if isinstance(said, ServerError)]
     if failed and len(failed) < len(pairs):
         raise failed[0]
@@ -40,13 +46,15 @@ async def trial(store: Store, server: TrainingServer, new: Version, stable: Vers
 
 
 async def _asked(
-    store: Store, server: TrainingServer, reader: Readers, new: Version, stable: Version, prompt: list[int]
-) -> tuple[Reply | ServerError, Reply]:
+    store: Store, server: TrainingServer, reader: Readers, new: Version, stable: Version, prompt: list[int], max_tokens: int
+) -> tuple[Reply | ServerError, Reply] | str:
+    """What the new and the stable weights said; or why the server refuses the prompt."""
+
     async def ask(version: Version) -> Sampled | ServerError:
         try:
-            [reply] = await server.sample(version.sampler_path, prompt, n=1, max_tokens=REPLY_TOKENS, stop_ids=reader.stop_ids)
+            [reply] = await server.sample(version.sampler_path, prompt, n=1, max_tokens=max_tokens, stop_ids=reader.stop_ids)
         except ServerError as e:
-            if e.kind != "server":
+            if e.kind not in ("server", "refused"):
                 raise
             return e
         book_training(store, "sibling", new.base_model, len(prompt), len(reply.tokens))
@@ -54,6 +62,8 @@ async def _asked(
 
     said, before = await _together(ask(new), ask(stable))
     if isinstance(before, ServerError):
+        if before.kind == "refused":
+            return str(before)
         raise before
     if isinstance(said, ServerError):
         return said, reader.reply(before.tokens, None)
@@ -76,20 +86,20 @@ async def _together[T](*work: Coroutine[Any, Any, T]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _prompts(store: Store, base_model: str) -> list[list[int]]:
-    """Of the newest answers, one a session."""
+def _prompts(store: Store, base_model: str) -> list[tuple[list[int], int]]:
+    """(ids, tokens that a reply may have) of the newest answers, one a session."""
     query = (
-        select(turns.c.session, samples.c.prompt_ids)
+        select(turns.c.session, samples.c.prompt_ids, samples.c.sampling)
         .join(turns, turns.c.flow_id == samples.c.flow_id)
         .where(samples.c.klass == "A", samples.c.prompt_ids.is_not(None), samples.c.base_model == base_model)
         .order_by(samples.c.id.desc())
         .limit(20 * PROMPTS)
     )
-    found: dict[str, list[int]] = {}
+    found: dict[str, tuple[list[int], int]] = {}
     with store.reading() as db:
-        for session, packed in db.execute(query):
+        for session, packed, sampled in db.execute(query):
             if session not in found and len(found) < PROMPTS:
-                found[session] = unpack_ids(packed).tolist()
+                found[session] = unpack_ids(packed).tolist(), min(REPLY_TOKENS, int(sampled.get("max_tokens", REPLY_TOKENS)))
     return list(found.values())
 
 

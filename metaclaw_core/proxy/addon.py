@@ -151,7 +151,9 @@ class MetaClaw:
             asyncio_utils.create_task(old.aclose(), name="metaclaw-retriever-close", keep_ref=True)
 
     def forget(self) -> None:
-        """The recorded was purged: nothing of it may come back out of this process's memory."""
+        """The recorded was purged: nothing of it may come back out of this process's memory, nor the worker's."""
+        if self._service is not None:
+            self._service.tell_worker({"type": "forget"})
         if self._runtime is not None:
             self._runtime.sessions.forget(self._runtime.home / "run" / "sessions.db")
         if self._rewriter is not None:

@@ -65,6 +65,7 @@ _OF_THE_REQUEST = frozenset({"images", "unsupported", "too_long", "template", "h
 class Snapshot:
     route: Route | None = None  # None: there is none, or it can't be read
     heartbeat: Heartbeat | None = None  # of the server that this proxy started; None: it has given no sign yet
+    before: int | None = None  # the working version that was last seen loaded: it serves on while a newer one is being loaded
 
     def unready(self, now: float, *, goes_on: bool) -> str | None:
         """Why nothing can be sent to the policy server, one of few; None: something can. `goes_on`: in a turn that it has
@@ -112,7 +113,10 @@ class RouteWatcher:
         if beat is not None and beat.pid != self._pid():
             beat = self._heard_at = None
         self._stamps = (route_stamp, beat_stamp)
-        self.current = Snapshot(route, beat)
+        before = self.current.before
+        if route is not None and beat is not None and route.working in beat.versions:
+            before = route.working
+        self.current = Snapshot(route, beat, before)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -293,8 +297,10 @@ def _version(snapshot: Snapshot, control: bool, pinned: int | None, *, goes_on: 
         return pinned if pinned in served else None
     if route is None:
         return None
-    target = route.stable if control else route.working
-    return next((version for version in (target, pinned, route.stable) if version in served), None)
+    target, before = route.stable if control else route.working, snapshot.before
+    # After a roll-back what was before is what must not serve.
+    goes_before = before is not None and before < target and not control and any(s.version == before for s in route.served)
+    return next((version for version in (target, before if goes_before else None, pinned, route.stable) if version in served), None)
 
 
 def turn_of(identity: Identity) -> str:

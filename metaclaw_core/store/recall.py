@@ -92,7 +92,7 @@ class Recall:
     def keep(self, caller: str, recalled: Recalled) -> None:
         """`recalled` as the newest request of its conversation. One that has no places can't help to read another."""
         reading = recalled.reading
-        if reading.close < 0 or not recalled.ids:
+        if reading.close < 0 or not recalled.ids or len(reading.body) > MAX_BYTES:
             return
         key = (caller, _opening(recalled))
         self._drop(self._kept.pop(key, None))

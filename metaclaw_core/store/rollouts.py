@@ -92,6 +92,11 @@ class Store:
         with self._write() as connection:
             return Ingest(connection).run(readings)
 
+    def forget(self) -> None:
+        """Drop what was kept of the newest exchanges to read the next ones by: it was purged."""
+        with self._recalling:
+            self._recall = Recall()
+
     # --- out ----------------------------------------------------------------------------------
 
     def turns(

@@ -1,7 +1,9 @@
-"""A tiny model that says a few letters and ends, a judge that likes some of them, and the loop that closes between the two.
+"""A judge that likes some letters, and the loop that closes between people who ask a tiny model and the steps it is trained by.
 
-The reply is good if each of its letters is in `GOOD`. At the start about a third are: a letter is drawn from 53, and after each
-one the reply ends with a chance of about a third.
+Design: a reply is good if each of its letters is in `GOOD`. Where training begins was taught by cross-entropy (`letters`): one letter
+of 52, a good one about every fourth time. A `Loop` is one user in mode rl: the proxy and the policy server are real processes, the
+worker's jobs are called one by one, so a test knows when each has ended. `make_speller` is for tests that need the same start
+without a teacher: its weights are written, a third of its replies is good.
 """
 
 from __future__ import annotations
@@ -11,18 +13,22 @@ import json
 import re
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from e2e_tools import Proxy, running_proxy
 from policy_help import RunningEngine
-from sqlalchemy import func, select
+from sayings import chances, teach
+from sqlalchemy import select
 
+from metaclaw_core.learn import journal
 from metaclaw_core.learn.budget import Budget
+from metaclaw_core.learn.candidates import waiting
 from metaclaw_core.learn.endpoint import Endpoint
 from metaclaw_core.learn.llm import LLMClient, Retry
 from metaclaw_core.learn.prices import Prices
@@ -34,11 +40,18 @@ from metaclaw_core.settings import Settings
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.drain import drain_under_lease
 from metaclaw_core.store.rollouts import Store
-from metaclaw_core.store.tables import turns
+from metaclaw_core.store.tables import steps
 from metaclaw_core.testing import Received, Script, ScriptedLLM
+
+if TYPE_CHECKING:
+    import tinker
+
+type Rule = Callable[[str], bool]  # whether a reply is good
 
 GOOD = frozenset("abcdefghijklmnopqrstu")
 BATCH = 48
+START = 0.27  # the share of good replies
+_GOOD, _BAD = sorted(GOOD), sorted({*string.ascii_letters} - GOOD)
 SCRIPT = """
 from metaclaw_core.proxy.addon import MetaClaw
 addons = [MetaClaw(worker=False, policy="metaclaw_core.policy")]
@@ -75,11 +88,51 @@ def make_speller(folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def speaking(engine: RunningEngine) -> Iterator[tinker.ServiceClient]:
+    """The SDK, to teach and to look."""
+    import tinker
+
+    service = tinker.ServiceClient(base_url=engine.url, api_key=engine.key)
+    try:
+        yield service
+    finally:
+        service.close("success").result(30)
+
+
+def letters(service: tinker.ServiceClient, model: str, *, name: str, good: float = START, seed: int = 0) -> str:
+    """The state where training begins: it says one letter, a good one as often as `good` says."""
+    shares = {(one,): good / len(_GOOD) for one in _GOOD} | {(one,): (1 - good) / len(_BAD) for one in _BAD}
+    return teach(service, model, shares, name=name, seed=seed).state
+
+
+def chance(service: tinker.ServiceClient, state: str) -> float:
+    """Of a good reply, by the weights at `state`: of the letters that were taught, so never more than it is."""
+    return sum(chances(service, state, [(one,) for one in _GOOD]))
+
+
+class Shuffled:
+    """A rule that gives the rewards of a batch to its replies at random: as many are good, but nothing can be learnt."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+        self._left: list[bool] = []
+
+    def deal(self, replies: Sequence[str]) -> None:
+        """These are judged next."""
+        self._left += map(is_good, replies)
+        self._random.shuffle(self._left)
+
+    def __call__(self, _: str) -> bool:
+        return self._left.pop()
+
+
 class Judge:
     """Votes by the rule on what it is shown of the reply."""
 
-    def __init__(self, rule: Callable[[str], bool] = is_good) -> None:
-        self.rule, self.replies = rule, []
+    def __init__(self, rule: Rule = is_good) -> None:
+        self.rule = rule
+        self.replies: list[str] = []
 
     def __call__(self, received: Received) -> Script:
         shown = received.json()["messages"][-1]["content"]
@@ -99,15 +152,31 @@ def said_in(transcript: str) -> str:
 class Loop:
     """One user in rl mode: asks, and lets the jobs run between."""
 
-    def __init__(self, engine: RunningEngine, proxy: Proxy, upstream: ScriptedLLM, judge: ScriptedLLM, settings: Settings, store: Store) -> None:
+    def __init__(self, engine: RunningEngine, proxy: Proxy, upstream: ScriptedLLM, judge: ScriptedLLM, rule: Rule, settings: Settings, store: Store) -> None:
+        self.rule = rule
         self.proxy, self.upstream, self.settings, self.store = proxy, upstream, settings, store
         self.judge = LLMClient(
             Endpoint(f"{judge.url}/v1", "judge-1", "k-0123456789"), Budget(store, None), retry=Retry(attempts=2, wait_initial=0.01), concurrency=16
         )
         rl = settings.rl
         server = TrainingServer(rl.model, base_url=engine.url, api_key=engine.key, lora_rank=rl.lora_rank, timeout_s=120)
-        self.trainer = Trainer(store, settings, proxy.home, server, Prices())
+        self.trainer = Trainer(store, settings, proxy.home, server, Prices(), at=self._at, judge=self.judge)
         self.asked = 0
+        self.points: list[tuple[str, float]] = []  # of each step, as the trainer names them, and when on the monotonic clock
+
+    def _at(self, point: str) -> None:
+        self.points.append((point, time.monotonic()))
+
+    def spans(self, begin: str, end: str) -> list[tuple[float, float]]:
+        """From each point `begin` to the `end` after it."""
+        begun, found = None, []
+        for point, at in self.points:
+            if point == begin:
+                begun = at
+            elif point == end and begun is not None:
+                found.append((begun, at))
+                begun = None
+        return found
 
     def ask(self, count: int = BATCH, *, off: bool = False) -> list[str]:
         """So many people at once, each with a question of his own; the replies."""
@@ -125,20 +194,50 @@ class Loop:
         said: str = answer.json()["choices"][0]["message"]["content"] or ""
         return said
 
-    async def learn(self) -> StepReport:
-        """Everything that was asked is taken in and scored, then a step is made; its weights serve when this returns."""
-        await asyncio.to_thread(drain_under_lease, self.store, self.proxy.home / "spool")
+    async def answered(self) -> list[str]:
+        """Ask until a step has enough replies that say something, all scored; they."""
+        rl = self.settings.rl
+        count = rl.batch_size // rl.group_size if rl.algorithm == "grpo" else rl.batch_size
+        replies: list[str] = []
+        while (missing := count - waiting(self.store, scored=True)[0]) > 0:
+            fresh = [reply for reply in await asyncio.to_thread(self.ask, missing) if reply]
+            if isinstance(self.rule, Shuffled):
+                self.rule.deal(fresh)
+            replies += fresh
+            await self.take_in()
+        return replies
+
+    async def take_in(self) -> None:
+        """Everything that was asked gets into the store and is scored."""
+        await self.drain()
         await score(self.store, self.settings, self.judge)
+
+    async def drain(self) -> None:
+        for proxy in running_proxies(self.proxy.home):
+            await asyncio.to_thread(call, proxy, "flush")  # what is answered is written up to 50 ms later
+        await asyncio.to_thread(drain_under_lease, self.store, self.proxy.home / "spool")
+
+    async def step(self) -> StepReport:
+        """Its weights serve when this returns, unless they did not pass the checks."""
         report = await self.trainer.run_once()
-        if report.version is not None:
-            await asyncio.to_thread(self.serves, report.version)
+        current = journal.in_force(self.store)
+        if report.made and current is not None:
+            await asyncio.to_thread(self.serves, current.working)
         return report
 
-    def mean_reward(self, last: int = BATCH) -> float:
-        """Of the newest scored turns."""
-        newest = select(turns.c.reward).where(turns.c.reward.is_not(None), turns.c.version.is_not(None)).order_by(turns.c.id.desc()).limit(last)
+    def mean_reward(self) -> float:
+        """Of what the newest step learnt from: logged replies, or siblings."""
         with self.store.reading() as db:
-            return float(db.scalar(select(func.avg(newest.subquery().c.reward))) or 0.0)
+            metrics = db.scalars(select(steps.c.metrics).order_by(steps.c.id.desc()).limit(1)).one()
+        return float(metrics["reward_mean"])
+
+    def state(self) -> str:
+        """Of the weights in force."""
+        current = journal.in_force(self.store)
+        assert current is not None
+        path = journal.version(self.store, current.working).state_path
+        assert path is not None
+        return path
 
     def serves(self, version: int) -> None:
         """Wait until the proxy gives new turns to `version`."""
@@ -156,7 +255,7 @@ class Loop:
 
 
 @contextmanager
-def a_loop(folder: Path, engine: RunningEngine, rule: Callable[[str], bool] = is_good, **rl: Any) -> Iterator[Loop]:
+def a_loop(folder: Path, engine: RunningEngine, rule: Rule = is_good, **rl: Any) -> Iterator[Loop]:
     home = folder / "metaclaw"
     home.mkdir(mode=0o700, parents=True)
     values = {
@@ -172,4 +271,4 @@ def a_loop(folder: Path, engine: RunningEngine, rule: Callable[[str], bool] = is
         open_store(home / "store.db") as store,
         running_proxy(folder, "-s", str(folder / "rl.py")) as proxy,
     ):
-        yield Loop(engine, proxy, upstream, judge, Settings.model_validate(config), store)
+        yield Loop(engine, proxy, upstream, judge, rule, Settings.model_validate(config), store)

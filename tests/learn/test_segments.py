@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 from evolve_tools import OTHER, START, Talk
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from metaclaw_core.learn.segments import NewSegment, SegmentFinder, holds
 from metaclaw_core.learn.spans import Source, tell
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.rollouts import Store
-from metaclaw_core.store.tables import segments
+from metaclaw_core.store.tables import segments, sessions, turns
 
 IDLE = 1800.0
 
@@ -77,6 +77,19 @@ def test_a_dropped_history_under_the_same_id_ends_a_segment(store: Store) -> Non
     talk.reset().say("Write a poem about the sea, please.").into(store)
     assert find(store) == [("reset", 2)]
     assert rows(store)[0]["trust"] is None
+
+
+def test_turns_that_get_the_row_ids_of_purged_ones_are_looked_at(store: Store) -> None:
+    finder = SegmentFinder(store, IDLE)
+    Talk("s-1").say("Please install the package left-pad.").say("And now run the tests, please.").into(store)
+    assert finder.find(START + 60) == []
+    with store._write() as db:
+        for table in (turns, sessions):
+            db.execute(delete(table))
+    Talk("s-2").say("Please plant a tree in the garden.").reset().say("Write a poem about the sea, please.").into(store)
+    with store.reading() as db:
+        assert list(db.scalars(select(turns.c.id).order_by(turns.c.id))) == [1, 2]
+    assert [s.end_reason for s in finder.find(START + 60)] == ["reset"]
 
 
 def test_a_retry_and_a_tool_loop_end_nothing(store: Store) -> None:

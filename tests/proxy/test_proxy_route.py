@@ -132,6 +132,28 @@ def test_what_a_person_adds_while_the_agent_works_is_a_turn_of_its_own(state):
     assert added.version == 4
 
 
+def test_while_new_weights_are_being_loaded_those_before_them_serve_and_not_older_ones(tmp_path, state):
+    watcher = RouteWatcher(tmp_path, os.getpid)
+    router = Router(watcher, "token", clock=time.time)
+
+    def chosen(route: Route, *loaded: int, session: SessionState) -> int | None:
+        write_route(tmp_path, route)
+        write_heartbeat(tmp_path, Heartbeat(time.time(), os.getpid(), 4321, "base", True, versions=loaded))
+        watcher.poll()
+        choice = router.choose(identity(f"question to {loaded}"), "k", session, ALL)
+        return choice.version if isinstance(choice, Choice) else None
+
+    def served(*versions: int, working: int) -> Route:
+        return Route(len(versions), "base", working, 1, tuple(Served(v, f"w{v}") for v in versions))
+
+    assert chosen(served(1, 2, working=2), 1, 2, session=state) == 2
+    assert chosen(served(1, 2, 3, working=3), 1, 2, 3, session=SessionState("other", "k")) == 3
+    assert chosen(served(1, 2, 3, 4, working=4), 1, 2, 3, session=SessionState("new", "k")) == 3  # a session that has no pin
+    assert chosen(served(1, 2, 3, 4, working=4), 1, 2, 3, session=state) == 3  # and one that lags
+    assert chosen(served(1, 2, 3, 4, working=4), 1, 2, 3, 4, session=state) == 4
+    assert chosen(served(1, 3, 4, working=3), 1, 4, session=SessionState("rolled back", "k")) == 1
+
+
 @pytest.mark.parametrize(
     ("current", "why"),
     [

@@ -219,3 +219,21 @@ def test_the_memory_is_bounded() -> None:
     for number in range(30):
         read(chat([("user", f"beginning {number}"), *large], number), recall=kept)
     assert kept.size <= MAX_BYTES
+
+
+def test_a_body_larger_than_the_memory_drives_out_no_other() -> None:
+    kept = Recall()
+    read(chat([("user", "a small one " * 2_000)], 1), recall=kept)
+    before = kept.size
+    read(chat([("user", "x" * (MAX_BYTES + 1))], 2), recall=kept)
+    assert kept.size == before > 0
+
+
+def test_what_was_purged_is_forgotten(tmp_path: Path) -> None:
+    with open_store(tmp_path / "store.db") as store:
+        store.ingest([chat([("user", "a small one " * 2_000)], 1)])
+        assert store._recall.size > 0
+        store.forget()
+        assert store._recall.size == 0
+        store.ingest([chat([("user", "a small one " * 2_000), ("user", "more")], 2)])
+        assert len(list(store.turns())) == 2

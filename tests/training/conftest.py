@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from policy_help import RunningEngine, close_rest, running_engine
+
+if TYPE_CHECKING:
+    from between_help import Between, Lane
 
 MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
 
@@ -28,7 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from metaclaw_core.engine.testing import make_model
 
-    return make_model(tmp_path_factory.mktemp("tiny") / "model", stops=True)
+    model = make_model(tmp_path_factory.mktemp("tiny") / "model", stops=True)
+    gc.collect()
+    gc.freeze()  # what torch has made stays: looking through it after each test takes more than half a second
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +43,39 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with running_engine(tiny_model, tmp_path_factory.mktemp("engine-home")) as running:
         yield running
         close_rest(running)
+
+
+@pytest.fixture(scope="session")
+def begun(engine: RunningEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with four answers of the base model in its store. Copy it."""
+    from guard_help import begin
+
+    home = tmp_path_factory.mktemp("begun")
+    begin(engine, home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def lanes(engine: RunningEngine) -> Iterator[Between]:
+    from between_help import between
+
+    with between(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(lanes: Between) -> Iterator[Lane]:
+    with lanes.lane() as lane:
+        yield lane
+
+
+@pytest.fixture
+def lab(engine: RunningEngine, proxy: Lane, begun: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes a `guard_help.Lab`."""
+    from guard_help import labs
+
+    with labs(engine, proxy, begun, tmp_path) as make:
+        yield make
 
 
 @pytest.fixture(autouse=True)

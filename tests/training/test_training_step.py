@@ -13,7 +13,8 @@ from training_help import answers, put, server, settings, trainer
 from metaclaw_core.learn import journal
 from metaclaw_core.routes import read_route
 from metaclaw_core.store.db import open_store
-from metaclaw_core.store.tables import step_turns, steps, turns
+from metaclaw_core.store.samplefile import unpack_ids
+from metaclaw_core.store.tables import samples, step_turns, steps, turns
 
 pytestmark = [pytest.mark.local, pytest.mark.slow]
 PROMPT = (10, 11, 12, 13)
@@ -31,12 +32,9 @@ async def test_a_step_makes_good_answers_likelier_and_serves_the_new_weights(eng
     train = trainer(store, rl, tmp_path, server=where)
     await train.begin()
     assert read_route(tmp_path).working == 1
-    await answers(store, where, None, 4, lambda tokens: float(tokens[0] % 2))
+    given = iter([1.0, 0.0, 1.0, 0.0])
+    await answers(store, where, None, 4, lambda _: next(given))
     put(store, 100, PROMPT, (50, 51), (-5.0, -5.0), klass="C", klass_reason="top_p")
-    with store.reading() as db:
-        rewards = {row.flow_id: row.reward for row in db.execute(select(turns.c.flow_id, turns.c.reward).where(turns.c.flow_id != "f100"))}
-    if len(set(rewards.values())) == 1:
-        pytest.skip("four draws with one reward: nothing to learn")
     report = await train.run_once()
     assert (report.made, report.version, report.skipped) == (True, 2, 1), report
     route = read_route(tmp_path)
@@ -57,9 +55,6 @@ async def test_a_step_makes_good_answers_likelier_and_serves_the_new_weights(eng
     with store.reading() as db:
         kept = db.execute(select(turns.c.reward, turns.c.flow_id).where(turns.c.state == "trained").order_by(turns.c.id)).all()
     moved = []
-    from metaclaw_core.store.samplefile import unpack_ids
-    from metaclaw_core.store.tables import samples
-
     for row in kept:
         with store.reading() as db:
             tokens = unpack_ids(db.scalar(select(samples.c.tokens).where(samples.c.flow_id == row.flow_id))).tolist()
@@ -69,3 +64,40 @@ async def test_a_step_makes_good_answers_likelier_and_serves_the_new_weights(eng
     good, bad = [m for r, m in moved if r], [m for r, m in moved if not r]
     assert np.mean(good) > np.mean(bad)
     await train.aclose()
+
+
+async def test_on_policy_cispo_and_ppo_make_the_same_step_as_importance_sampling(engine: RunningEngine, lab, lanes):
+    """Where the answers are of the very weights every ratio is 1, nothing is clipped, and the three gradients are one."""
+    from metaclaw_core.engine.protocol import parse_training, training_data
+
+    where, moved, configs = server(settings(engine)), {}, {}
+    for loss in ("importance_sampling", "cispo", "ppo"):
+        with lanes.lane() as proxy:
+            one = lab(proxy=proxy, loss=loss)
+            report = await one.trainer.run_once()
+            assert (report.made, report.waits, one.trained()) == (True, None, [1, 2, 3, 4])
+            calls = [parse_training(call.body) for call in proxy.asked if call.path == "forward_backward"]
+            assert [call.loss_fn for call in calls] == ["cross_entropy", loss]
+            _, _, configs[loss] = training_data(calls[1], 259)
+            version = journal.version(one.store, 2)
+            with one.store.reading() as db:
+                rows = db.execute(select(turns.c.reward, samples.c.tokens).join(samples, samples.c.flow_id == turns.c.flow_id).order_by(turns.c.id)).all()
+                metrics = db.scalar(select(steps.c.metrics))
+            assert (metrics["loss"], metrics["tokens"], metrics["clipped"]) == (loss, 16, 0.0)
+            change = []
+            for row in rows:
+                ids = [*PROMPT, *unpack_ids(row.tokens).tolist()]
+                change.append((await where.logprobs(version.sampler_path, ids, 4)) - (await where.logprobs(None, ids, 4)))
+            good, bad = (np.mean([c.sum() for c, row in zip(change, rows, strict=True) if row.reward == r]) for r in (1.0, 0.0))
+            assert good > bad + 0.01
+            moved[loss] = np.concatenate(change)
+            await one.trainer.aclose()
+    assert configs == {
+        "importance_sampling": {},
+        "cispo": {"clip_low_threshold": 0.0, "clip_high_threshold": 2.0},
+        "ppo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    }
+    for loss in ("cispo", "ppo"):
+        assert np.abs(moved[loss] - moved["importance_sampling"]).max() < 1e-4
+    assert np.abs(moved["ppo"]).max() > 1e-2
+    await where.aclose()
