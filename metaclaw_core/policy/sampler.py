@@ -34,6 +34,7 @@ FIRST_SEGMENT = 64  # tokens
 LONGEST_SEGMENT = 1024
 CHECK_SECONDS = 5.0  # for a question that costs nothing
 _ANEW = "The connection to the sampler was made anew; ask again."
+LOAD_SECONDS = 60.0  # an answer that gets lost must not keep new weights from serving for ever
 CLOSE_SECONDS = 1.0  # the server ends silent sessions by itself
 
 
@@ -64,9 +65,12 @@ class Model:
 class Sampler:
     """One base model at one server. Used on one event loop."""
 
-    def __init__(self, base_model: str, *, base_url: str | None = None, api_key: str | None = None) -> None:
-        """None: what the SDK finds in its environment."""
+    def __init__(
+        self, base_model: str, *, base_url: str | None = None, api_key: str | None = None, load_s: float = LOAD_SECONDS
+    ) -> None:
+        """None: what the SDK finds in its environment. `load_s`: seconds after which a version is tried to be loaded anew."""
         self.base_model = base_model
+        self._load_s = load_s
         self._where: Any = {"base_url": base_url, "api_key": api_key}
         self._service: Any = None
         self._rest: Any = None
@@ -146,8 +150,12 @@ class Sampler:
 
     async def _make(self, path: str | None) -> Any:
         where = {"base_model": self.base_model} if path is None else {"model_path": path}
-        future = await asyncio.to_thread(self._service.create_sampling_client, **where)  # the first call makes the session
-        return await future
+        try:
+            async with asyncio.timeout(self._load_s):
+                future = await asyncio.to_thread(self._service.create_sampling_client, **where)  # the first call makes the session
+                return await future
+        except TimeoutError:
+            raise SamplerError("timeout", f"The sampler was not ready for it in {self._load_s:g} s.") from None
 
     async def _made(self, path: str | None) -> Any:
         making = self._client(path)

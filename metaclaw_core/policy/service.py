@@ -52,8 +52,7 @@ class Policy:
         self.home = home
         self.port = port
         rl = settings.rl
-        where = {"base_url": rl.tinker_base_url or None, "api_key": rl.tinker_api_key or None}
-        self.sampler = sampler or Sampler(rl.model, **where)
+        self.sampler = sampler or Sampler(rl.model, base_url=rl.tinker_base_url or None, api_key=rl.tinker_api_key or None)
         self.memory = Memory(home / "run" / FILE, settings.store.url or home / "store.db")
         self.renderer: Renderer | None = None  # None: not loaded yet
         self.defaults = Defaults()

@@ -149,7 +149,6 @@ async def test_the_student_comes_nearer_to_its_teacher_without_a_judge(engine: R
             with store.reading() as db:
                 estimates.append(db.scalar(select(steps.c.metrics).order_by(steps.c.id.desc()).limit(1))["teacher_kl"])
         after = await asyncio.to_thread(kl, engine, path, teacher)
-        print("RATIO", after / before)
         assert after <= 0.2 * before, (before, after, estimates)
         assert estimates[0] == pytest.approx(before, rel=0.25)  # what a user sees is an estimate of the same
         with store.reading() as db:
