@@ -116,6 +116,7 @@ class Bench:
         with a_loop(self._folder / "passing", self._engine, resume_from_ckpt=state, learning_rate=1e-5) as loop:
             await self._begun(loop)
             with steady_load(loop.proxy.port, PER_SECOND) as load:
+                hold(os.getpid())  # as the worker is, which makes the steps; all that serves runs already
                 async with load.going():  # connections are made, caches are filled
                     await asyncio.sleep(2)
                 for _ in range(pairs):
@@ -149,11 +150,12 @@ class Bench:
         return replies
 
 
-def hold(engine: RunningEngine, core: int) -> None:
-    """All of the engine's threads on one core, and after everybody else."""
-    for thread in Path(f"/proc/{engine.process.pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
+def hold(process: int, core: int | None = None) -> None:
+    """All of its threads come after everybody else's, and stay on one core."""
+    for thread in Path(f"/proc/{process}/task").iterdir():
         os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
+        if core is not None:
+            os.sched_setaffinity(int(thread.name), {core})
 
 
 def table(learnt: list[Learnt], drifted: list[Drifted], passed: Passed) -> tuple[str, bool]:
@@ -187,11 +189,11 @@ async def run(options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with running_engine(make_blank(folder / "model"), folder / "engine") as engine, speaking(engine) as service:
-            hold(engine, max(os.sched_getaffinity(0)))
+            hold(engine.process.pid, max(os.sched_getaffinity(0)))
             bench = Bench(folder, engine, service)
-            passed = await bench.pass_on(pairs)
             learnt = [await bench.learn(algorithm, seed) for algorithm in ("single", "grpo") for seed in range(seeds)]
             drifted = [await bench.control(seed, steps) for seed in range(controls)]
+            passed = await bench.pass_on(pairs)  # the last, as it makes this process as nice as can be
     said, good = table(learnt, drifted, passed)
     print(said)
     print(f"\n{len(os.sched_getaffinity(0))} cores, load {began:.1f} before and {os.getloadavg()[0]:.1f} after.")
