@@ -8,8 +8,10 @@ pass on a bare checkout: tests/captures holds the recordings without other peopl
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +53,23 @@ def why_no_openclaw() -> str | None:
 def pytest_report_header() -> str:
     versions = [f"{name} {metadata.version(name)}" for name in ("mitmproxy", "sqlalchemy", "pydantic")]
     return f"sqlite {sqlite3.sqlite_version}, {', '.join(versions)}"
+
+
+def _leaves_sockets(item: pytest.Item | None) -> bool:
+    """Does it use the Tinker SDK, which leaves the connections of a finished client to the garbage collector?"""
+    marks = item.iter_markers("filterwarnings") if item is not None else ()
+    return any("PytestUnraisableExceptionWarning" in str(mark.args) for mark in marks)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What such tests left open is collected here, or it would be found in a later test, and be its failure."""
+    if _leaves_sockets(item) and not _leaves_sockets(nextitem):
+        before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            gc.collect()
+        finally:
+            sys.unraisablehook = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tinker
+from guard_help import BOUNDS
 from policy_help import RunningEngine
 from sqlalchemy import select
 from tinker import types
@@ -129,7 +130,7 @@ async def test_the_student_comes_nearer_to_its_teacher_without_a_judge(engine: R
     with open_store(tmp_path / "store.db") as store:
         chosen = distilling(engine, teacher)
         where = server(chosen)
-        train = trainer(store, chosen, tmp_path, server=where)
+        train = trainer(store, chosen, tmp_path, server=where, bounds=BOUNDS)  # chance must not decide here
         base = await train.begin()
         before, path, version = await asyncio.to_thread(kl, engine, None, teacher), None, base.id
         assert before > 0.3
