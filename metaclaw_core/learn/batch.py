@@ -79,6 +79,15 @@ class Sample:
         return 0.0 if self.malformed else self.reward
 
 
+def why_unfit(klass: str, split_by: str, *, redacted: bool, support_share: float) -> LeftOut | None:
+    """Why neither an answer nor its prompt may be learnt from, whatever else is known of them; None: they may."""
+    if klass != "A":
+        return LeftOut.NOT_A
+    if is_support(split_by, support_share):
+        return LeftOut.SUPPORT
+    return LeftOut.REDACTED if redacted else None
+
+
 def why_left_out(
     sample: Sample, lags: Mapping[int, int], *, max_staleness: int, support_share: float, scored: bool = True
 ) -> LeftOut | None:
@@ -87,12 +96,8 @@ def why_left_out(
     `lags` says for each version how many steps lie between it and the present weights; one that is not in it is of
     another line. `scored` False: it is trained without a reward (a teacher alone).
     """
-    if sample.klass != "A":
-        return LeftOut.NOT_A
-    if is_support(sample.split_by, support_share):
-        return LeftOut.SUPPORT
-    if sample.redacted:
-        return LeftOut.REDACTED
+    if (reason := why_unfit(sample.klass, sample.split_by, redacted=sample.redacted, support_share=support_share)) is not None:
+        return reason
     if sample.prompt_ids.size == 0 or sample.tokens.size == 0:
         return LeftOut.EMPTY
     if sample.logprobs.size != sample.tokens.size:
@@ -131,12 +136,13 @@ class Logged(Protocol):
     def created_at(self) -> float: ...
 
 
-def _oldest(one: Logged) -> tuple[float, ...]:
+def oldest(one: Logged) -> tuple[float, ...]:
+    """The order in which turns were logged."""
     return one.created_at, one.turn
 
 
 def select[L: Logged](
-    samples: Iterable[L], *, batch_size: int, min_sessions: int, order: Callable[[L], tuple[float, ...]] = _oldest
+    samples: Iterable[L], *, batch_size: int, min_sessions: int, order: Callable[[L], tuple[float, ...]] = oldest
 ) -> tuple[L, ...] | None:
     """The turns of the next step, in `order` (oldest first, unless another is given); None: there are not enough yet.
 

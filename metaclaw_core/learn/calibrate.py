@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from typing import Any
@@ -28,6 +28,7 @@ from metaclaw_core.errors import MetaClawError, WireError
 from metaclaw_core.learn.judge import (
     Score,
     Vote,
+    all_ended,
     majority,
     model_of,
     pair_messages,
@@ -37,7 +38,7 @@ from metaclaw_core.learn.judge import (
 )
 from metaclaw_core.learn.llm import LLMClient, LLMUnavailable
 from metaclaw_core.learn.nextstate import NextState
-from metaclaw_core.learn.transcript import Origin, Rendered, Section, action_sections, render, turn_sections
+from metaclaw_core.learn.transcript import Origin, Rendered, Section, candidate_sections, render, turn_sections
 from metaclaw_core.model import Json, Message, Part, Role, Text, ToolCall
 from metaclaw_core.settings import Judge
 from metaclaw_core.wire.jsonio import dumps, loads_object
@@ -209,30 +210,17 @@ async def _one(item: Pair | Label, number: int, client: LLMClient, settings: Jud
         after = NextState((), item.next) if item.next is not None else None
         messages = turn_messages(render(turn_sections(item.instruction, item.action, after)), next_known=after is not None)
         asked = (vote_on_turn(client, settings, messages, model_of(client, settings, n)) for n in range(votes))
-        return [_outcome(item.id, str(item.label), await _all(asked))]
+        return [_outcome(item.id, str(item.label), await all_ended(asked))]
     # A flip must be the order's doing, so a pair's two orders are judged by the same models.
     models = [model_of(client, settings, number + n) for n in range(votes)]
     orders = [pair_messages(_shown(item, order)) for order in ("straight", "swapped")]
-    given = await _all(vote_on_pair(client, settings, messages, m) for messages in orders for m in models)
+    given = await all_ended(vote_on_pair(client, settings, messages, m) for messages in orders for m in models)
     return [_outcome(item.id, "A", given[:votes]), _outcome(item.id, "B", given[votes:])]
-
-
-async def _all[T](work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Every result, or the first exception once all have ended: none goes on while the client is being closed."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def _shown(pair: Pair, order: str) -> Rendered:
     first, second = (pair.better, pair.worse) if order == "straight" else (pair.worse, pair.better)
-    sections = [Section("instruction", Origin.HUMAN, pair.instruction, 0.2)]
-    for name, action in (("A", first), ("B", second)):
-        acts = action_sections(action)
-        sections += [Section(f"candidate {name}, {s.label}", s.origin, s.text, 0.4 / len(acts)) for s in acts]
-    return render(sections)
+    return render([Section("instruction", Origin.HUMAN, pair.instruction, 0.2), *candidate_sections(first, second)])
 
 
 def _outcome(name: str, expected: str, votes: Sequence[Vote[Any]]) -> Outcome:

@@ -11,13 +11,14 @@ Limits: the parent of a subagent is found by the human turn they share; where no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from sqlalchemy import ColumnElement, func, select
 
-from metaclaw_core.learn.batch import Sample
+from metaclaw_core.learn.batch import Logged, Sample, oldest
+from metaclaw_core.learn.batch import select as select_batch
 from metaclaw_core.learn.cluster import Clusters
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.store.samplefile import unpack_ids, unpack_logprobs
@@ -32,6 +33,42 @@ def waiting(store: Store, *, scored: bool) -> tuple[int, int]:
     with store.reading() as db:
         count, newest = db.execute(query.where(*_free(scored))).one()
     return int(count), int(newest or 0)
+
+
+class Lookout[L: Logged]:
+    """Chooses the turns of a step. What was looked at in vain is not looked at again until something has come."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        what: str,
+        wanted: int,
+        min_sessions: int,
+        scored: bool,
+        order: Callable[[L], tuple[float, ...]] = oldest,
+    ) -> None:
+        """`what` they are, for people; `scored`: as for `candidates`; `order`: as for `batch.select`."""
+        self._store, self._what, self._wanted, self._min_sessions, self._scored, self._order = store, what, wanted, min_sessions, scored, order
+        self._looked: tuple[tuple[int, int, int], str] | None = None  # what was there at the last look, and why it was not enough
+
+    def choose(self, base: int, eligible: Callable[[], tuple[Sequence[L], int]]) -> tuple[tuple[L, ...] | None, str, int]:
+        """Those of the next step, from the version `base`; None: there are not enough, with the reason; and how many turns were
+        found that never can be of use. `eligible`: what may be chosen now, and the number of these; they are set aside."""
+        there = self._there(base)
+        if there[0] < self._wanted:
+            return None, f"{there[0]} of {self._wanted} {self._what} are there", 0
+        if self._looked is not None and self._looked[0] == there:
+            return None, self._looked[1], 0
+        found, never = eligible()
+        chosen = select_batch(found, batch_size=self._wanted, min_sessions=self._min_sessions, order=self._order)
+        why = f"{len(found)} of {self._wanted} {self._what} are there, from {len({one.session for one in found})} sessions"
+        if chosen is None:
+            self._looked = self._there(base), why
+        return chosen, why, never
+
+    def _there(self, base: int) -> tuple[int, int, int]:
+        return (*waiting(self._store, scored=self._scored), base)
 
 
 def candidates(store: Store, *, scored: bool, limit: int) -> list[Sample]:

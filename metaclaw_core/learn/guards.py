@@ -26,7 +26,8 @@ class Guards:
     def __init__(self, store: Store, settings: Settings, prices: Prices, *, judged: bool, taught: bool) -> None:
         """`judged`: the settings name a judge. `taught`: a teacher is asked."""
         self._store, self._settings, self._prices = store, settings, prices
-        self._judged, self._unjudged = judged, taught and not judged
+        self._judged = judged
+        self.unjudged = taught and not judged  # a teacher alone: no judge will ever score the turns
 
     def closed(self) -> str | None:
         """Why nothing may be trained now, as a sentence; None: it may."""
@@ -40,7 +41,7 @@ class Guards:
         if self._judged:
             reason = rl_pause_reason(self._store, self._settings)
             return None if reason is None else f"nothing is trained on the judge's scores: {reason}"
-        last = None if self._unjudged else health_of(self._store)
+        last = None if self.unjudged else health_of(self._store)
         return None if last is None or last.ok else f"the judge did not pass its examination: {last.reason}"
 
     def _window(self) -> str | None:

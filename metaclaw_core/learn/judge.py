@@ -14,16 +14,17 @@ Limits: votes of one model at one temperature are not independent; `judge.models
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 
@@ -54,6 +55,15 @@ class Vote[V]:
     model: str
     started_at: float  # unix seconds
     latency_ms: float  # retries and waiting for a free place included
+
+
+async def all_ended[T](work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Every result, or the first exception once all have ended: none goes on while the client is being closed."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def reward_of(score: int | None) -> float | None:

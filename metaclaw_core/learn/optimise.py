@@ -24,11 +24,12 @@ import numpy as np
 from metaclaw_core.learn import journal
 from metaclaw_core.learn.advantage import Tracker, key_of, single
 from metaclaw_core.learn.batch import Datum, Float32, LeftOut, Sample, build, with_advantages
+from metaclaw_core.learn.carried import to_carry, tracker_of
 from metaclaw_core.learn.cluster import Clusters
 from metaclaw_core.learn.guards import Guards
 from metaclaw_core.learn.journal import Trained, Version
 from metaclaw_core.learn.llm import LLMRefused, LLMUnavailable
-from metaclaw_core.learn.losses import Comparison, Limits, compare, prepare
+from metaclaw_core.learn.losses import Comparison, Limits, TurnRatio, compare, prepare
 from metaclaw_core.learn.money import book_training
 from metaclaw_core.learn.opd import combined
 from metaclaw_core.learn.teacher import TeacherUnfit
@@ -107,18 +108,19 @@ class Optimiser:
         `lags`: {version: steps from it to `base`}. Raises ServerError, StoreError.
         """
         rl, began, batch = self._settings.rl, time.monotonic(), work.samples
-        tracker = Tracker.from_json(kept) if (kept := journal.carried(self._store, "tracker")) else Tracker()
+        tracker = tracker_of(self._store)
         if not batch:
             _, tracker = work.advantages(tracker, ())
-            return self._discard(step, work, (), work.metrics(()), _carried(tracker, work))
+            return self._discard(step, work, (), work.metrics(()), to_carry(tracker, work.clusters))
         datums = build(batch)
         present = await self._server.forward(datums)
         book_training(self._store, "forward", rl.model, sum(d.input_ids.size for d in datums))
         self._at("forward")
         compared = compare(datums, present)
+        ratios = {one.turn: one for one in compared.turns}
         staleness = {s.turn: lags[s.version] for s in batch}
         if (problem := compared.metrics.problem(self._limits)) is not None:
-            said = [_trained(s, compared, {}, staleness, Lesson()) for s in batch]
+            said = [_trained(s, ratios[s.turn], {}, staleness, Lesson()) for s in batch]
             metrics = _metrics(said, batch, compared, staleness) | {"loss": rl.loss, "datums": len(datums)} | work.metrics(said)
             return self._discard(step, work, said, metrics, {}, problem)
         if (waits := self._guards.closed()) is not None:  # nothing has been changed yet
@@ -128,15 +130,15 @@ class Optimiser:
         self._at("taught")
         if compared.metrics.drift is not None:
             tracker = tracker.moved(compared.metrics.drift)
-        good = [s for s in batch if _reason(compared, s.turn) is None and s.turn not in lesson.dropped]
+        good = [s for s in batch if ratios[s.turn].left_out is None and s.turn not in lesson.dropped]
         judged, tracker = work.advantages(tracker, good)
         advantages = combined(judged, {s.turn: lesson.advantages[s.turn] for s in good if s.turn in lesson.advantages})
-        said = [_trained(s, compared, advantages, staleness, lesson) for s in batch]
+        said = [_trained(s, ratios[s.turn], advantages, staleness, lesson) for s in batch]
         metrics = _metrics(said, batch, compared, staleness) | {"loss": rl.loss, "datums": len(datums), "teacher_kl": lesson.kl}
         metrics |= work.metrics(said)
         call = prepare([with_advantages(d, advantages) for d in datums], present, loss=rl.loss)
         if call is None:
-            return self._discard(step, work, said, metrics, _carried(tracker, work))
+            return self._discard(step, work, said, metrics, to_carry(tracker, work.clusters))
         if (waits := self._guards.closed()) is not None:
             journal.abandon(self._store, step, waits)
             return waits
@@ -153,7 +155,7 @@ class Optimiser:
             "seconds": round(time.monotonic() - began, 3),
             "server": {name: value for name, value in served.items() if math.isfinite(value)},
         }
-        version = journal.saved(self._store, step, path, work.told(said), metrics, _carried(tracker, work))
+        version = journal.saved(self._store, step, path, work.told(said), metrics, to_carry(tracker, work.clusters))
         self._at("saved")
         return version
 
@@ -185,10 +187,6 @@ class Optimiser:
             raise ServerError("teacher", str(e)) from e
 
 
-def _carried(tracker: Tracker, work: Work) -> dict[str, Json]:
-    return {"tracker": tracker.to_json(), "clusters": work.clusters.to_json()}
-
-
 def _metrics(
     said: Sequence[Trained], batch: Sequence[Sample], compared: Comparison, staleness: Mapping[int, int]
 ) -> dict[str, Json]:
@@ -211,14 +209,9 @@ def _metrics(
     }
 
 
-def _reason(compared: Comparison, turn: int) -> LeftOut | None:
-    return next(one.left_out for one in compared.turns if one.turn == turn)
-
-
 def _trained(
-    sample: Sample, compared: Comparison, advantages: Mapping[int, Any], staleness: Mapping[int, int], lesson: Lesson
+    sample: Sample, ratio: TurnRatio, advantages: Mapping[int, Any], staleness: Mapping[int, int], lesson: Lesson
 ) -> Trained:
-    ratio = next(one for one in compared.turns if one.turn == sample.turn)
     given = advantages.get(sample.turn)
     reason = ratio.left_out or lesson.dropped.get(sample.turn) or (None if given is not None else LeftOut.NO_SIGNAL)
     return Trained(

@@ -17,8 +17,7 @@ is judged as a next step and not by its effect.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from metaclaw_core.learn.advantage import grpo
 from metaclaw_core.learn.judge import (
     PURPOSE,
     Choice,
+    all_ended,
     majority,
     model_of,
     pair_messages,
@@ -38,7 +38,15 @@ from metaclaw_core.learn.judge import (
     vote_on_turn,
 )
 from metaclaw_core.learn.llm import LLMClient, LLMRefused
-from metaclaw_core.learn.transcript import LIMIT_TOKENS, Origin, Section, action_sections, render, turn_sections
+from metaclaw_core.learn.transcript import (
+    LIMIT_TOKENS,
+    Origin,
+    Section,
+    action_sections,
+    candidate_sections,
+    render,
+    turn_sections,
+)
 from metaclaw_core.model import Message
 from metaclaw_core.settings import Judge
 
@@ -95,7 +103,7 @@ async def worth_of(
     Raises LLMUnavailable, LLMRefused (but for refusals of a single reply), BudgetExhausted, StoreError, and what `permit` raises.
     """
     judged = [not r.cut and not r.malformed and (calls or not r.message.tool_calls) for r in replies]
-    given = await _all(_score(client, settings, asked, r, permit) for r, is_judged in zip(replies, judged, strict=True) if is_judged)
+    given = await all_ended(_score(client, settings, asked, r, permit) for r, is_judged in zip(replies, judged, strict=True) if is_judged)
     refusals = [one for one in given if isinstance(one, str)]
     left = iter([None if isinstance(one, str) else one for one in given])
     scores = tuple(
@@ -107,7 +115,7 @@ async def worth_of(
     if grpo([scores])[0] is not None or not pairs or len({replies[n].shown for n in among}) < 2:
         return Worth(scores, scores)
     couples = [(a, b) for a, b in combinations(among, 2) if replies[a].shown != replies[b].shown]
-    better = await _all(_better(client, settings, asked, replies[a], replies[b], n, permit) for n, (a, b) in enumerate(couples))
+    better = await all_ended(_better(client, settings, asked, replies[a], replies[b], n, permit) for n, (a, b) in enumerate(couples))
     shares = won(among, dict(zip(couples, better, strict=True)))
     worth = tuple(shares.get(n, score) for n, score in enumerate(scores))
     return Worth(scores, worth, paired=True)
@@ -129,7 +137,7 @@ async def _score(client: LLMClient, settings: Judge, asked: Asked, reply: Reply,
     messages = turn_messages(render([*shown[:-acts], *asked.sections(), *shown[-acts:]]), next_known=False)
     try:
         asks = (partial(vote_on_turn, client, settings, messages, model_of(client, settings, n)) for n in range(settings.votes))
-        votes = await _all(_within(permit, ask) for ask in asks)
+        votes = await all_ended(_within(permit, ask) for ask in asks)
     except LLMRefused as e:
         if e.status in _ABOUT_THE_PROMPT:
             return str(e)
@@ -143,7 +151,7 @@ async def _better(client: LLMClient, settings: Judge, asked: Asked, one: Reply, 
     orders = [pair_messages(render(_pair(asked, first, second))) for first, second in ((one, other), (other, one))]
     try:
         asks = (partial(vote_on_pair, client, settings, messages, model) for messages in orders)
-        straight, swapped = await _all(_within(permit, ask) for ask in asks)
+        straight, swapped = await all_ended(_within(permit, ask) for ask in asks)
     except LLMRefused as e:
         if e.status in _ABOUT_THE_PROMPT:
             return 0
@@ -160,22 +168,9 @@ def _pair(asked: Asked, first: Reply, second: Reply) -> list[Section]:
     sections = [Section("instruction", Origin.HUMAN, asked.instruction, 0.2)]
     if asked.earlier is not None:
         sections.insert(0, Section("earlier request", Origin.HUMAN, asked.earlier, 0.1))
-    sections += asked.sections()
-    for name, reply in (("A", first), ("B", second)):
-        acts = action_sections(reply.message)
-        sections += [Section(f"candidate {name}, {s.label}", s.origin, s.text, 0.4 / len(acts)) for s in acts]
-    return sections
+    return [*sections, *asked.sections(), *candidate_sections(first.message, second.message)]
 
 
 async def _within[T](permit: Permit, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
     async with permit():
         return await ask()
-
-
-async def _all[T](work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Every result, or the first exception once all have ended: none goes on while the client is being closed."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]

@@ -34,11 +34,10 @@ from sqlalchemy.engine import Row
 
 from metaclaw_core.errors import ConfigError
 from metaclaw_core.learn import journal
-from metaclaw_core.learn.advantage import Tracker, key_of
-from metaclaw_core.learn.batch import LeftOut, Sample, select
-from metaclaw_core.learn.candidates import waiting
-from metaclaw_core.learn.cluster import Clusters
-from metaclaw_core.learn.evolve import is_support
+from metaclaw_core.learn.advantage import key_of
+from metaclaw_core.learn.batch import LeftOut, Sample, why_unfit
+from metaclaw_core.learn.candidates import Lookout
+from metaclaw_core.learn.carried import clusters_of, tracker_of
 from metaclaw_core.learn.groups import Group, Member, Prompt, Siblings
 from metaclaw_core.learn.guards import Guards
 from metaclaw_core.learn.journal import Version
@@ -46,6 +45,7 @@ from metaclaw_core.learn.llm import BudgetExhausted, LLMClient, LLMRefused, LLMU
 from metaclaw_core.learn.money import book_training
 from metaclaw_core.learn.nextstate import instruction_of, said_before
 from metaclaw_core.learn.ranking import Asked, Reply, Worth, affordable, worth_of
+from metaclaw_core.learn.replies import Readers
 from metaclaw_core.learn.trainer import Sampled, ServerError, TrainingServer
 from metaclaw_core.learn.transcript import name_of
 from metaclaw_core.model import Role
@@ -72,10 +72,9 @@ class SiblingSource:
             raise ConfigError(f"rl.group_size is {rl.group_size}, more than rl.batch_size ({rl.batch_size}): a step must hold a whole group.")
         self._store, self._settings, self._server, self._guards, self._judge = store, settings, server, guards, judge
         self._taught, self._at = taught, at
-        self._looked: tuple[tuple[int, int, int], str] | None = None  # what was there at the last look, and why it was not enough
-        # With a daily budget one question at a time, so that no more than one exceeds it.
-        self._asking = asyncio.Semaphore(1 if rl.daily_budget_usd is not None else settings.llm.concurrency)
-        self._answered = self._failed = False  # the judge, in this step
+        self._lookout: Lookout[Prompt] = Lookout(
+            store, what="prompts", wanted=rl.batch_size // rl.group_size, min_sessions=rl.min_sessions, scored=True, order=_most_promising
+        )
         self._drawn: dict[tuple[int, int], list[Sampled]] = {}  # (version, turn) → siblings that wait for the judge
         self._tries = 0  # that they have waited for
 
@@ -84,22 +83,14 @@ class SiblingSource:
     def choose(self, base: Version) -> tuple[tuple[Prompt, ...] | None, str, int]:
         """The prompts of the next step; None: there are not enough, with the reason; and how many turns were found that never
         can be used."""
-        rl = self._settings.rl
-        wanted = rl.batch_size // rl.group_size
-        there = (*waiting(self._store, scored=True), base.id)
-        if there[0] < wanted:
-            return None, f"{there[0]} of {wanted} prompts are there", 0
-        if self._looked is not None and self._looked[0] == there:
-            return None, self._looked[1], 0
+        return self._lookout.choose(base.id, self._eligible)
+
+    def _eligible(self) -> tuple[list[Prompt], int]:
+        """What may be answered again, with its value, and how many turns never may."""
         found, never = self._prompts()
         if never:
             journal.set_aside(self._store, never)
-        valued = self._valued(found)
-        batch = select(valued, batch_size=wanted, min_sessions=rl.min_sessions, order=_most_promising)
-        why = f"{len(found)} of {wanted} prompts are there, from {len({p.session for p in found})} sessions"
-        if batch is None:
-            self._looked = (*waiting(self._store, scored=True), base.id), why
-        return batch, why, len(never)
+        return self._valued(found), len(never)
 
     def _prompts(self) -> tuple[list[Prompt], dict[int, str]]:
         """What may be answered again, newest first, and the turns that never may, with the reason."""
@@ -127,20 +118,16 @@ class SiblingSource:
         return found, never
 
     def _why_never(self, row: Row[Any], instruction: str | None) -> LeftOut | None:
-        if row.klass != "A":
-            return LeftOut.NOT_A
-        if is_support(row.session_id, self._settings.rl.support_share):
-            return LeftOut.SUPPORT
-        if row.secret:
-            return LeftOut.REDACTED
+        share = self._settings.rl.support_share
+        if (reason := why_unfit(row.klass, row.session_id, redacted=row.secret, support_share=share)) is not None:
+            return reason
         if row.prompt_ids is None:
             return LeftOut.EMPTY
         return LeftOut.NO_QUESTION if not instruction else None
 
     def _valued(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """With what the tracker expects of each; a task that is new has the mean of all."""
-        tracker = Tracker.from_json(kept) if (kept := journal.carried(self._store, "tracker")) else Tracker()
-        clusters = Clusters.from_json(journal.carried(self._store, "clusters") or [])
+        tracker, clusters = tracker_of(self._store), clusters_of(self._store)
         return [replace(p, value=tracker.value(key_of(clusters.place(p.text)[0], p.agent))) for p in prompts]
 
     # --- siblings -----------------------------------------------------------------------------
@@ -148,13 +135,13 @@ class SiblingSource:
     async def work(self, base: Version, prompts: Sequence[Prompt]) -> Siblings | str:
         """Groups for the claimed prompts, sampled from `base` and judged; or why there are none now. Raises ServerError,
         StoreError."""
-        clusters = Clusters.from_json(journal.carried(self._store, "clusters") or [])
+        clusters = clusters_of(self._store)
         placed = []
         for prompt in prompts:
             cluster, clusters = clusters.place(prompt.text)
             placed.append(replace(prompt, cluster=cluster))
         reader = Reader(await self._server.tokenizer())
-        self._answered = self._failed = False
+        questions = self._gate(self._settings.llm.concurrency, (LLMUnavailable, BudgetExhausted))
         waited, self._drawn = self._drawn, {}
         try:
             await affordable(self._judge, self._settings.judge, self._settings.rl.group_size)  # before siblings are paid for in vain
@@ -167,12 +154,12 @@ class SiblingSource:
             read = await asyncio.to_thread(lambda: [[reader.read(p, s) for s in some] for p, some in zip(placed, sampled, strict=True)])
             shown = await asyncio.to_thread(self._with_results, placed)
             try:
-                judged = await self._each(list(zip(shown, read, strict=True)), lambda pair: self._judged(*pair))
+                judged = await self._each(list(zip(shown, read, strict=True)), lambda pair: self._judged(*pair, questions))
             except LLMUnavailable:
-                self._let_wait(base, placed, sampled)
+                self._let_wait(base, placed, sampled, answered=questions.passed)
                 raise
             self._tries = 0
-            if not self._answered and len(judged) > 1 and (why := next((one.refused for one in judged if one.refused), None)) is not None:
+            if not questions.passed and len(judged) > 1 and (why := next((one.refused for one in judged if one.refused), None)) is not None:
                 raise ServerError("judge", why)  # one prompt may be refused for what it says, all of them are not
             self._at("judged")
         except _Closed as e:
@@ -189,24 +176,18 @@ class SiblingSource:
             before += len(some)
         return Siblings(tuple(groups), clusters, self._taught)
 
+    def _gate(self, at_once: int, fatal: tuple[type[BaseException], ...] = (BaseException,)) -> _Gate:
+        """With a daily budget one call at a time, so that no more than one exceeds it."""
+        return _Gate(self._guards, at_once if self._settings.rl.daily_budget_usd is None else 1, fatal)
+
     async def _each[P, T](self, items: Sequence[P], ask: Callable[[P], Coroutine[Any, Any, T]]) -> list[T]:
         """What `ask` brings for each, a few at once, the guards asked before each. After the first failure no more are begun;
         it is raised once those under way have ended."""
-        free = asyncio.Semaphore(1 if self._settings.rl.daily_budget_usd is not None else _AT_ONCE)
-        failed = False
+        gate = self._gate(_AT_ONCE)
 
         async def one(item: P) -> T:
-            nonlocal failed
-            async with free:
-                if failed:
-                    raise _Closed("another call failed")
-                try:
-                    if (waits := await asyncio.to_thread(self._guards.closed)) is not None:
-                        raise _Closed(waits)
-                    return await ask(item)
-                except BaseException:
-                    failed = True
-                    raise
+            async with gate():
+                return await ask(item)
 
         results = await asyncio.gather(*(one(item) for item in items), return_exceptions=True)
         errors = [r for r in results if isinstance(r, BaseException)]
@@ -237,33 +218,18 @@ class SiblingSource:
         [reply] = await self._server.sample(base.sampler_path, prompt.ids[:1].tolist(), n=1, max_tokens=1, stop_ids=())
         await asyncio.to_thread(book_training, self._store, "sibling", self._server.base_model, 1, len(reply.tokens))
 
-    def _let_wait(self, base: Version, prompts: Sequence[Prompt], sampled: Sequence[list[Sampled]]) -> None:
+    def _let_wait(self, base: Version, prompts: Sequence[Prompt], sampled: Sequence[list[Sampled]], *, answered: bool) -> None:
         """The judge is down. Where it answers others it may be for what one of these says, so new ones are sampled then."""
         self._tries += 1
-        if self._answered or self._tries > _WAIT_FOR:
+        if answered or self._tries > _WAIT_FOR:
             self._tries = 0
         else:
             self._drawn = {(base.id, p.turn): some for p, some in zip(prompts, sampled, strict=True) if some}
 
-    @asynccontextmanager
-    async def _permit(self) -> AsyncIterator[None]:
-        """For one question to the judge. After one that it did not answer no more are begun. Raises _Closed."""
-        async with self._asking:
-            if self._failed:
-                raise _Closed("another call failed")
-            if (waits := await asyncio.to_thread(self._guards.closed)) is not None:
-                raise _Closed(waits)
-            try:
-                yield
-            except (LLMUnavailable, BudgetExhausted):
-                self._failed = True
-                raise
-            self._answered = True
-
-    async def _judged(self, prompt: Prompt, replies: Sequence[tuple[Sampled, Reply]]) -> Worth:
+    async def _judged(self, prompt: Prompt, replies: Sequence[tuple[Sampled, Reply]], questions: _Gate) -> Worth:
         return await worth_of(
             self._judge, self._settings.judge, prompt.asked, [reply for _, reply in replies],
-            calls=self._settings.rl.grpo_tools, pairs=prompt.promising, permit=self._permit,
+            calls=self._settings.rl.grpo_tools, pairs=prompt.promising, permit=questions,
         )  # fmt: skip
 
     def _with_results(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -290,26 +256,38 @@ class _Closed(Exception):
     """Nothing more may be asked now."""
 
 
-class Reader:
-    """How replies of one tokenizer are read. Not for two threads at once."""
+class _Gate:
+    """Lets calls through, a few at once, the guards asked before each. After a failure, or once the guards say no, no more are
+    begun."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        from metaclaw_core.policy.families import family_of, stops_of
+    def __init__(self, guards: Guards, at_once: int, fatal: tuple[type[BaseException], ...]) -> None:
+        """`fatal`: the exceptions that are a failure of more than one call."""
+        self._guards, self._free, self._fatal = guards, asyncio.Semaphore(at_once), fatal
+        self._shut: str | None = None
+        self.passed = False  # one call at least ended well
 
-        self._tokenizer, self._family = tokenizer, family_of(tokenizer)
-        self.stop_ids = stops_of(self._family, tokenizer)
+    @asynccontextmanager
+    async def __call__(self) -> AsyncIterator[None]:
+        """For one call. Raises _Closed."""
+        async with self._free:
+            if self._shut is None:
+                waits = await asyncio.to_thread(self._guards.closed)
+                self._shut = self._shut or waits
+            if self._shut is not None:
+                raise _Closed(self._shut)
+            try:
+                yield
+            except self._fatal:
+                self._shut = "another call failed"
+                raise
+            self.passed = True
 
+
+class Reader(Readers):
     def read(self, prompt: Prompt, sampled: Sampled) -> tuple[Sampled, Reply]:
         """The tokens that count, up to a stop string of the client, and what they say."""
-        from metaclaw_core.policy.parse import ReplyReader
-
         thinking = str(self._tokenizer.decode(prompt.ids[-8:].tolist())).rstrip().endswith("<think>")
-        reader = ReplyReader(
-            self._tokenizer, self._family, stop_ids=self.stop_ids, stops=prompt.stops, schemas={} if prompt.tools else None,
-            thinking=thinking, call_id=lambda _: None,
-        )  # fmt: skip
-        reader.feed(sampled.tokens)
-        reader.finish()
+        reader = self.finished(sampled.tokens, stops=prompt.stops, calls=prompt.tools, thinking=thinking)
         ended = sampled.stopped or reader.stopped
         counts = Sampled(sampled.tokens[: reader.kept], sampled.logprobs[: reader.kept], ended)
         return counts, Reply(reader.message, cut=not ended, malformed=reader.malformed)

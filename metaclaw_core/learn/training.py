@@ -28,10 +28,9 @@ from sqlalchemy import func, select
 from metaclaw_core.errors import ConfigError, StoreError
 from metaclaw_core.learn import journal
 from metaclaw_core.learn.batch import LeftOut, Sample, lags_of, why_left_out
-from metaclaw_core.learn.batch import select as select_batch
 from metaclaw_core.learn.budget import Budget
-from metaclaw_core.learn.candidates import candidates, placed, waiting
-from metaclaw_core.learn.cluster import Clusters
+from metaclaw_core.learn.candidates import Lookout, candidates, placed
+from metaclaw_core.learn.carried import clusters_of
 from metaclaw_core.learn.endpoint import judge_endpoint
 from metaclaw_core.learn.fastchecks import Bounds
 from metaclaw_core.learn.groups import Prompt
@@ -100,9 +99,7 @@ class Trainer:
         self._store, self._settings, self._home, self._server, self._prices = store, settings, home, server, prices
         self._at, self._retry_s = at, retry_s
         self._teaching = teaching_of(store, settings)
-        judged = judge_endpoint(settings) is not None
-        self._unjudged = self._teaching is not None and not judged  # a teacher alone: no judge will ever score the turns
-        self._guards = Guards(store, settings, prices, judged=judged, taught=self._teaching is not None)
+        self._guards = Guards(store, settings, prices, judged=judge_endpoint(settings) is not None, taught=self._teaching is not None)
         self._optimiser = Optimiser(store, settings, server, self._guards, self._teaching, limits, at)
         self._rounds = Rounds(store, settings, home, server, prices, self._guards, bounds, at)
         self._judge: LLMClient | None = None  # of our own
@@ -115,7 +112,10 @@ class Trainer:
             taught = self._teaching is not None
             self._siblings = SiblingSource(store, settings, server, self._guards, judge, taught=taught, at=at)
         self._failures, self._not_before = 0, 0.0
-        self._looked: tuple[tuple[int, int, int], str] | None = None  # what was there at the last look, and why it was not enough
+        rl = settings.rl
+        self._lookout: Lookout[Sample] = Lookout(
+            store, what="turns", wanted=rl.batch_size, min_sessions=rl.min_sessions, scored=not self._guards.unjudged
+        )
 
     async def begin(self) -> Version:
         """The version training begins with, and its route; makes them where there are none. Raises ServerError, StoreError."""
@@ -213,7 +213,7 @@ class Trainer:
             return StepReport(waits=why, skipped=skipped, problems=problems)
         await self._rounds.begin_at(base)
         self._at("opened")
-        step = journal.claim(self._store, chosen.turns, base_version=base.id, algorithm=rl.algorithm, unjudged=self._unjudged)
+        step = journal.claim(self._store, chosen.turns, base_version=base.id, algorithm=rl.algorithm, unjudged=self._guards.unjudged)
         self._at("claimed")
         try:
             made = await self._made(step, base, chosen)
@@ -234,11 +234,11 @@ class Trainer:
             if prompts is None:
                 return None, why, skipped
             return _Chosen([p.turn for p in prompts], lambda: self._sampled(source, base, prompts)), why, skipped
-        batch, why, skipped = self._batch(base)
+        batch, why, skipped = self._lookout.choose(base.id, lambda: self._eligible(base))
         return None if batch is None else _Chosen([s.turn for s in batch], lambda: self._logged(batch)), why, skipped
 
     async def _logged(self, batch: Sequence[Sample]) -> Work:
-        return Replies(*placed(self._store, batch, Clusters.from_json(journal.carried(self._store, "clusters") or [])))
+        return Replies(*placed(self._store, batch, clusters_of(self._store)))
 
     async def _sampled(self, source: SiblingSource, base: Version, prompts: Sequence[Prompt]) -> Work | str:
         return await source.work(await self._rounds.living(base), prompts)
@@ -259,28 +259,12 @@ class Trainer:
         if any(row["id"] == step and row["state"] == StepState.CLAIMED for row in journal.open_steps(self._store)):
             journal.abandon(self._store, step, error)
 
-    def _batch(self, base: Version) -> tuple[tuple[Sample, ...] | None, str, int]:
-        """The turns of the next step; None: there are not enough, with the reason; and how many were found that never can
-        be trained on."""
-        rl, judged = self._settings.rl, not self._unjudged
-        there = (*waiting(self._store, scored=judged), base.id)
-        if there[0] < rl.batch_size:
-            return None, f"{there[0]} of {rl.batch_size} turns are there", 0
-        if self._looked is not None and self._looked[0] == there:
-            return None, self._looked[1], 0
-        good, skipped = self._eligible(base)
-        batch = select_batch(good, batch_size=rl.batch_size, min_sessions=rl.min_sessions)
-        why = f"{len(good)} of {rl.batch_size} turns are there, from {len({s.session for s in good})} sessions"
-        if batch is None:
-            self._looked = (*waiting(self._store, scored=judged), base.id), why
-        return batch, why, skipped
-
     def _eligible(self, base: Version) -> tuple[list[Sample], int]:
         """What may be trained on now, and how many turns were found that never can be."""
         rl = self._settings.rl
         lags = self._lags(base)
         good, never = [], {}
-        for sample in candidates(self._store, scored=not self._unjudged, limit=_FETCHED):
+        for sample in candidates(self._store, scored=not self._guards.unjudged, limit=_FETCHED):
             reason = why_left_out(
                 sample, lags, max_staleness=rl.max_staleness, support_share=rl.support_share, scored=self._needs_scores
             )
@@ -289,7 +273,7 @@ class Trainer:
             elif reason in _FINAL:
                 never[sample.turn] = str(reason)
         if never:
-            journal.set_aside(self._store, never, unjudged=self._unjudged)
+            journal.set_aside(self._store, never, unjudged=self._guards.unjudged)
         return good, len(never)
 
     @property

@@ -111,6 +111,15 @@ def action_sections(action: Message) -> list[Section]:
     return out or [Section("action: text", Origin.ASSISTANT, "(nothing)")]
 
 
+def candidate_sections(first: Message, second: Message) -> list[Section]:
+    """Two answers to one question, A and B, to be compared."""
+    out = []
+    for name, action in (("A", first), ("B", second)):
+        acts = action_sections(action)
+        out += [Section(f"candidate {name}, {s.label}", s.origin, s.text, 0.4 / len(acts)) for s in acts]
+    return out
+
+
 def name_of(text: str) -> str:
     """A tool's name as a part of a label: it can't hold a line break or a sentence."""
     return re.sub(r"[^\w.:/-]+", "_", text)[:64] or "?"

@@ -22,6 +22,7 @@ from sqlalchemy import select
 from metaclaw_core.learn.fastchecks import PROMPTS, REPLY_TOKENS, Bounds, Checked, Reply, check
 from metaclaw_core.learn.journal import Version
 from metaclaw_core.learn.money import book_training
+from metaclaw_core.learn.replies import Readers
 from metaclaw_core.learn.trainer import Sampled, ServerError, TrainingServer
 from metaclaw_core.store.rollouts import Store
 from metaclaw_core.store.samplefile import unpack_ids
@@ -66,13 +67,13 @@ async def _asked(
             return str(before)
         raise before
     if isinstance(said, ServerError):
-        return said, reader.reply(before.tokens, None)
+        return said, _reply(reader, before.tokens, None)
     kl = None
     if said.tokens:
         theirs = await server.logprobs(stable.sampler_path, [*prompt, *said.tokens], len(said.tokens))
         book_training(store, "sibling", new.base_model, len(prompt) + len(said.tokens))
         kl = float(np.mean(said.logprobs.astype(np.float64) - theirs))
-    return reader.reply(said.tokens, kl), reader.reply(before.tokens, None)
+    return _reply(reader, said.tokens, kl), _reply(reader, before.tokens, None)
 
 
 async def _together[T](*work: Coroutine[Any, Any, T]) -> list[T]:
@@ -103,20 +104,7 @@ def _prompts(store: Store, base_model: str) -> list[tuple[list[int], int]]:
     return list(found.values())
 
 
-class Readers:
-    """How replies of one tokenizer are read."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from metaclaw_core.policy.families import family_of, stops_of
-
-        self._tokenizer, self._family = tokenizer, family_of(tokenizer)
-        self.stop_ids = stops_of(self._family, tokenizer)
-
-    def reply(self, tokens: Sequence[int], kl: float | None) -> Reply:
-        """As if any tool might be called: a call that was never offered is no fault of the weights' grammar."""
-        from metaclaw_core.policy.parse import ReplyReader
-
-        reader = ReplyReader(self._tokenizer, self._family, stop_ids=self.stop_ids, schemas={}, call_id=lambda _: None)
-        reader.feed(tokens)
-        reader.finish()
-        return Reply(len(tokens), not reader.message.parts and not reader.malformed, reader.malformed, kl)
+def _reply(reader: Readers, tokens: Sequence[int], kl: float | None) -> Reply:
+    """As if any tool might be called: a call that was never offered is no fault of the weights' grammar."""
+    read = reader.finished(tokens)
+    return Reply(len(tokens), not read.message.parts and not read.malformed, read.malformed, kl)
