@@ -1,27 +1,24 @@
 """What the newest exchanges of each caller said, so that the next one is read by what it adds to them.
 
 Design: an agent sends its history with every request, and all but its end has been searched, parsed and hashed before.
-`Recall` keeps the last requests of each conversation: the body with the places of its items (``wire.reread``), the ids
-of its messages, and which marks are in it. A new body is compared with the one that it most likely continues. The result
-is exactly what a full parse and a full hash give, whatever is kept here: a message is taken over where its bytes are the
-same, an id where the message is the same and stands behind the same ids, and a mark is looked for where the bytes differ.
+`Recall` keeps the last requests of each conversation (``wire.kept``): the body with the places of its items
+(``wire.reread``), the ids of its messages, and which marks are in it. The result is exactly what a full parse and a full
+hash give, whatever is kept here: a message is taken over where its bytes are the same, an id where the message is the same
+and stands behind the same ids, and a mark is looked for where the bytes differ.
 
-What is in the database it does not know; `Recalled.shared` only says which id is worth asking for.
-
-Bounded in bodies and their bytes, about three times of which it takes in all; the least recently used go first. Used by
-one thread at a time. Nothing of it reaches a disk.
+What is in the database it does not know; `Recalled.shared` only says which id is worth asking for. Nothing of it reaches a
+disk.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from metaclaw_core.model import Message, Role, Text
-from metaclaw_core.prefix import Likeness, common_suffix, longest
 from metaclaw_core.store.chain import blob_id, chain_ids
 from metaclaw_core.wire.base import Dialect
+from metaclaw_core.wire.kept import Kept, Near
 from metaclaw_core.wire.reread import Reading, read, reread
 
 MAX_ENTRIES = 64
@@ -39,52 +36,28 @@ class Recalled:
     marks: Collection[bytes] = ()  # those of `has` that are in the body
 
 
-@dataclass(frozen=True, slots=True)
-class Near:
-    """A request before, and how far a new body is the same."""
-
-    recalled: Recalled
-    like: Likeness
-
-
-def has(body: bytes, mark: bytes, near: Near | None) -> bool:
+def has(body: bytes, mark: bytes, near: Near[Recalled] | None) -> bool:
     """Is `mark` in `body`? Looks only at what differs from a body that was without it; `near` is of this very body."""
-    if near is None or mark in near.recalled.marks:
+    if near is None or mark in near.value.marks:
         return mark in body
     beyond = len(mark) - 1
     start, end = near.like.prefix - beyond, len(body) - near.like.suffix + beyond
     return body.find(mark, max(0, start), end) >= 0
 
 
-class Recall:
+class Recall(Kept[Recalled]):
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], Recalled] = OrderedDict()  # by caller and opening
-        self.size = 0  # bytes of bodies
+        super().__init__(MAX_ENTRIES, MAX_BYTES)
 
-    def near(self, dialect: Dialect, body: bytes, path: str, caller: str) -> Near | None:
-        """The request of `caller` whose body has most in common with the start of `body`; None: there is none."""
-        own = [
-            recalled
-            for (other, _), recalled in reversed(self._kept.items())
-            if other == caller and recalled.reading.dialect is dialect and recalled.reading.path == path
-        ]
-        place, prefix = longest((recalled.reading.body for recalled in own), body)
-        if place < 0:
-            return None
-        old = own[place].reading.body
-        return Near(own[place], Likeness(old, prefix, common_suffix(old, body, min(len(old), len(body)) - prefix)))
-
-    def read(self, dialect: Dialect, body: bytes, path: str, near: Near | None) -> Recalled:
+    def read(self, dialect: Dialect, body: bytes, path: str, near: Near[Recalled] | None) -> Recalled:
         """What `body` says. Raises WireError as the dialect's `parse_request` does. `near` is of this very body."""
-        old = near.recalled if near is not None else None
-        reading = (near and reread(near.recalled.reading, body, path, near.like)) or read(dialect, body, path)
+        reading = (near and reread(near.reading, body, path, near.like)) or read(dialect, body, path)
         request = reading.request
-        same = old.reading.request if old is not None else None
-        shared = _same(same.messages, request.messages) if same is not None else 0
-        ids = old.ids[:shared] if old is not None else []
+        shared = _same(near.reading.request.messages, request.messages) if near is not None else 0
+        ids = near.value.ids[:shared] if near is not None else []
         ids += chain_ids(request.messages[shared:], ids[-1] if ids else None)
-        if old is not None and same is not None and request.tools is same.tools:
-            tools = old.tools
+        if near is not None and request.tools is near.reading.request.tools:
+            tools = near.value.tools
         else:
             tools = blob_id([tool.raw for tool in request.tools]) if request.tools else None
         return Recalled(reading, ids, shared, tools)
@@ -94,16 +67,7 @@ class Recall:
         reading = recalled.reading
         if reading.close < 0 or not recalled.ids or len(reading.body) > MAX_BYTES:
             return
-        key = (caller, _opening(recalled))
-        self._drop(self._kept.pop(key, None))
-        self._kept[key] = recalled
-        self.size += len(reading.body)
-        while self._kept and (len(self._kept) > MAX_ENTRIES or self.size > MAX_BYTES):
-            self._drop(self._kept.popitem(last=False)[1])
-
-    def _drop(self, recalled: Recalled | None) -> None:
-        if recalled is not None:
-            self.size -= len(recalled.reading.body)
+        self.put((caller, _opening(recalled)), caller, reading, recalled)
 
 
 def _same(old: Sequence[Message], new: Sequence[Message]) -> int:
