@@ -27,6 +27,7 @@ from metaclaw_core.engine import oai, protocol
 from metaclaw_core.engine.checkpoints import KINDS, Checkpoint, Place
 from metaclaw_core.engine.errors import EngineError, NotFoundError
 from metaclaw_core.engine.service import Engine
+from metaclaw_core.listener import loopback_listener
 
 POLL = 30.0  # seconds; the SDK gives up a poll after 45
 log = logging.getLogger(__name__)
@@ -336,13 +337,9 @@ def create_app(make: Callable[[], Engine], api_key: str) -> Starlette:
 
 async def serve(app: Starlette, port: int, ready: Callable[[str], None]) -> None:
     """Listen on 127.0.0.1 until interrupted; port 0: any free one. `ready` gets the URL. Raises EngineError."""
-    # The protocol is named because asyncio turns Nagle's delay of 40 ms a response off only where it is.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1", port))
+        listener = loopback_listener(port)
     except OSError as e:
-        listener.close()
         raise EngineError(f"Port {port} can't be used: {e.strerror}.") from e
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 

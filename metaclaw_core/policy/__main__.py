@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from metaclaw_core.errors import ConfigError, MetaClawError
+from metaclaw_core.listener import loopback_listener
 from metaclaw_core.parent import until_stdin_closes
 from metaclaw_core.settings import home, load_settings, private_dir
 
@@ -78,15 +79,10 @@ async def serve(
 
 
 def _listen(port: int) -> socket.socket:
-    # The protocol is named because asyncio turns Nagle's delay of 40 ms a response off only where it is.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1", port))
+        return loopback_listener(port)
     except OSError as e:
-        listener.close()
         raise ConfigError(f"Port {port} can't be used: {e.strerror}. Give another one, or 0 for any free one.") from e
-    return listener
 
 
 def _need_libraries() -> None:
