@@ -14,6 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 CAPTURES = ROOT / "tests" / "captures"
 KIT = ROOT / ".openclaw-kit"
+NO_ENGINE = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
 
 # What scripts/test tells the tests; every other METACLAW_* is a setting of the user's and is taken away.
 FOR_TESTS = {"METACLAW_SHARED", "METACLAW_NO_OPENCLAW", "METACLAW_TEST_POSTGRES"}
@@ -55,16 +57,10 @@ def pytest_report_header() -> str:
     return f"sqlite {sqlite3.sqlite_version}, {', '.join(versions)}"
 
 
-def _leaves_sockets(item: pytest.Item | None) -> bool:
-    """Does it use the Tinker SDK, which leaves the connections of a finished client to the garbage collector?"""
-    marks = item.iter_markers("filterwarnings") if item is not None else ()
-    return any("PytestUnraisableExceptionWarning" in str(mark.args) for mark in marks)
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """What such tests left open is collected here, or it would be found in a later test, and be its failure."""
-    if _leaves_sockets(item) and not _leaves_sockets(nextitem):
+    """What tests of the SDK left open is collected here, or it would be found in a later test, and be its failure."""
+    if item.get_closest_marker("local") and not (nextitem and nextitem.get_closest_marker("local")):
         before, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
             gc.collect()
@@ -76,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_openclaw = why_no_openclaw()
     no_shared = None if (shared_dir() / "captures").is_dir() else "the full recordings are not in ../shared/captures"
     for item in items:
+        if item.get_closest_marker("local"):
+            if NO_ENGINE:
+                item.add_marker(pytest.mark.skip(reason=f"no local engine: {', '.join(NO_ENGINE)} not installed"))
+            # The SDK leaves the connections of a finished client to the garbage collector.
+            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
         if no_shared and item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.skip(reason=no_shared))
         if no_openclaw and item.get_closest_marker("openclaw"):

@@ -6,8 +6,7 @@ upstream all the while, notice nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,7 @@ from swaps_help import SPEAKERS, STREAMS, Talk, make_reader, recorded, swap, tal
 
 from metaclaw_core.store.tables import samples, step_turns, turns
 
-MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
-pytestmark = [
-    pytest.mark.local,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"no local engine: {', '.join(MISSING)} not installed"),
-    # The SDK leaves the connections of a finished client to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = [pytest.mark.local, pytest.mark.slow]
 STEPS = 25
 SWAPS = 50
 
@@ -41,16 +32,16 @@ def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
-    folder = tmp_path_factory.mktemp("engine")
-    with running_engine(make_blank(folder / "model"), folder / "home") as running:
-        yield running
-        close_rest(running)
+    yield from engine_of(make_blank, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
-    folder = tmp_path_factory.mktemp("reader")
-    with running_engine(make_reader(folder / "model"), folder / "home") as running:
+    yield from engine_of(make_reader, tmp_path_factory.mktemp("reader"))
+
+
+def engine_of(make: Callable[[Path], Path], folder: Path) -> Iterator[RunningEngine]:
+    with running_engine(make(folder / "model"), folder / "home") as running:
         yield running
         close_rest(running)
 

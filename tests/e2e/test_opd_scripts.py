@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,7 @@ from taught_model import make_untaught
 from metaclaw_core.proxy.control import running_proxies
 from metaclaw_core.testing import Script, ScriptedLLM
 
-MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
-pytestmark = [
-    pytest.mark.local,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"no local engine: {', '.join(MISSING)} not installed"),
-    # The SDK leaves the connections of a finished client to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = [pytest.mark.local, pytest.mark.slow]
 
 CONVERSATION, OPENCLAW_SH = str(ROOT / "scripts/run_conversation_opd.py"), str(ROOT / "scripts/run_openclaw_tinker_opd.sh")
 NEEDED = ("--model", "m", "--teacher-url", "http://127.0.0.1:9/v1", "--teacher-model", "t")

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,10 @@ from metaclaw_core.store.db import open_store
 from metaclaw_core.store.samplefile import unpack_ids, unpack_logprobs
 from metaclaw_core.store.tables import samples, turns, versions
 
-MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
 pytestmark = [
     pytest.mark.openclaw,
     pytest.mark.local,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"no local engine: {', '.join(MISSING)} not installed"),
-    # The SDK leaves the connections of a finished client to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
 CHAT, RESPONSES, ANTHROPIC = "example/fake-1", "openai/gpt-5.5", "anthropic/claude-opus-4-6"

@@ -7,25 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from engine_help import Client, RunningEngine
-
-MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:  # of the whole session
-        if not item.path.is_relative_to(here):
-            continue
-        if MISSING and item.get_closest_marker("local"):
-            item.add_marker(pytest.mark.skip(reason=f"no local engine: {', '.join(MISSING)} not installed"))
-        # The SDK leaves the connections of a finished client to the garbage collector.
-        item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
-        item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
 
 
 @pytest.fixture(scope="session")

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from policy_help import RunningEngine, RunningPolicy, close_rest, running_engine, running_policy, speak_words
-
-MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:  # of the whole session
-        if item.path.is_relative_to(here) and item.get_closest_marker("local"):
-            if MISSING:
-                item.add_marker(pytest.mark.skip(reason=f"no local engine: {', '.join(MISSING)} not installed"))
-            # The SDK leaves the connections of a finished client to the garbage collector.
-            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
-            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
 
 
 @pytest.fixture(scope="session")

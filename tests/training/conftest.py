@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,6 @@ from policy_help import RunningEngine, close_rest, running_engine
 
 if TYPE_CHECKING:
     from between_help import Between, Lane
-
-MISSING = [name for name in ("torch", "tinker", "transformers", "uvicorn") if find_spec(name) is None]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:  # of the whole session
-        if item.path.is_relative_to(here) and item.get_closest_marker("local"):
-            if MISSING:
-                item.add_marker(pytest.mark.skip(reason=f"no local engine: {', '.join(MISSING)} not installed"))
-            # The SDK leaves the connections of a finished client to the garbage collector.
-            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
-            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
-
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
