@@ -505,11 +505,17 @@ def _error(status: int, message: str, kind: str, code: str, headers: Mapping[str
 
 def _assign(request: http.Request, body: bytes) -> None:
     """The one place where a request changes: its body, and what says how long and how encoded it is."""
-    request.raw_content = body
-    if "content-encoding" in request.headers:
-        del request.headers["content-encoding"]
-    if "transfer-encoding" not in request.headers:
-        request.headers["content-length"] = str(len(body))
+    length, told = b"%d" % len(body), False
+    fields: list[tuple[bytes, bytes]] = []
+    for name, value in request.headers.fields:  # in one pass: each question to mitmproxy's own headers takes one
+        kind = name.lower()
+        if kind == b"content-encoding":
+            continue
+        told |= kind in (b"content-length", b"transfer-encoding")
+        fields.append((name, length if kind == b"content-length" else value))
+    if not told:
+        fields.append((b"content-length", length))
+    request.raw_content, request.headers.fields = body, tuple(fields)
 
 
 def _annotate(flow: http.HTTPFlow, outcome: Rewritten) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
-from mitmproxy import exceptions, options, optmanager
+from mitmproxy import ctx, exceptions, http, options, optmanager
 from mitmproxy.addonmanager import AddonManager
 from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, script, tlsconfig
 from mitmproxy.addons.save import Save
@@ -91,9 +91,23 @@ class Lean(Master):
             proxyserver.Proxyserver(),
             script.ScriptLoader(),
             next_layer.NextLayer(),
-            tlsconfig.TlsConfig(),
+            TlsConfig(),
             errorcheck.ErrorCheck(),
         )
+
+
+class TlsConfig(tlsconfig.TlsConfig):
+    """mitmproxy's, which for each request makes the name of its CRL anew, to see whether that is what is asked for."""
+
+    _looks_at_all = True
+
+    def configure(self, updated: set[str]) -> None:
+        super().configure(updated)  # type: ignore[no-untyped-call]
+        self._looks_at_all = any(getattr(ctx.options, name, False) for name in ("emudhra", "emudhra_old"))
+
+    def request(self, flow: http.HTTPFlow) -> None:
+        if self._looks_at_all or flow.request.path.endswith(".crl"):
+            super().request(flow)
 
 
 def _configure(master: Master, chosen: StartOptions) -> Settings:

@@ -127,6 +127,8 @@ class Rewriter:
         state = self._sessions.get(key)
         if state is not None and identity.kind is Kind.TOOL and key not in self._locks:  # nothing is planned within a turn
             self._touch(key, state, state.messages if request.previous_response_id else len(request.messages))
+        elif not self._waits and key not in self._locks:
+            state = await self._plan(key, reading, identity, index)
         else:
             # One at a time for each session: two first requests side by side must not choose two blocks.
             async with self._locks.setdefault(key, asyncio.Lock()):
@@ -227,7 +229,7 @@ class Rewriter:
         if block.inner != before:
             beside = _place(reading, identity, state, addition(before, block.inner)) if self._adds_beside and before else None
             if beside is not None:
-                state.beside.append(beside)
+                state.beside = [*state.beside, beside]
             else:
                 state.block = sys.intern(state.block + block.inner[len(before) :])  # many sessions have the same
             state.skills, state.scores, state.appends = list(block.skills), list(block.scores), block.appends

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import sha256
+from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from metaclaw_core.agents.base import Prior
 
@@ -30,16 +31,25 @@ MAX_RESPONSES = 8000
 MAX_TEXTS = 8
 _PRUNE_AFTER = 200  # rows
 
-type SessionRow = tuple[str, bytes, float]
+type SessionRow = tuple[str, bytes, float]  # key, state as JSON, used_at: as it is on disk
+
+
+class Snapshot(NamedTuple):
+    """A session's state at one moment, to be written down by another thread."""
+
+    key: str
+    values: tuple[Any, ...]  # in the order of SessionState's fields
+    used_at: float
 
 
 class SessionSink(Protocol):
-    def put_session(self, row: SessionRow) -> None: ...
+    def put_session(self, snapshot: Snapshot) -> None: ...
 
 
 @dataclass(slots=True)
 class SessionState:
-    """Mutable on purpose: one object per session, changed on the event loop only."""
+    """Mutable on purpose: one object per session, changed on the event loop only. Its lists are replaced, never changed:
+    a snapshot holds them."""
 
     session_id: str | None
     session_key: str | None
@@ -61,6 +71,14 @@ class SessionState:
 
 _json = lru_cache(maxsize=64)(json.dumps)  # a block is written down at each human turn and hardly ever another
 _FIELDS = tuple(f.name for f in fields(SessionState))
+_values = attrgetter(*_FIELDS)
+_BLOCK = _FIELDS.index("block")
+
+
+def row_of(snapshot: Snapshot) -> SessionRow:
+    values = snapshot.values
+    small = json.dumps(dict(zip(_FIELDS, values, strict=True)) | {"block": ""})
+    return snapshot.key, f'{small[:-1]}, "block": {_json(values[_BLOCK])}}}'.encode(), snapshot.used_at
 
 
 @lru_cache(maxsize=256)
@@ -103,8 +121,7 @@ class Sessions:
         self._states.move_to_end(key)
         while len(self._states) > MAX_SESSIONS:
             self._states.popitem(last=False)
-        small = json.dumps({name: getattr(state, name) for name in _FIELDS if name != "block"})
-        sink.put_session((key, f'{small[:-1]}, "block": {_json(state.block)}}}'.encode(), state.used_at))
+        sink.put_session(Snapshot(key, _values(state), state.used_at))
 
     def remember_response(self, principal: str, response_id: str, prior: Prior) -> None:
         """For clients that send only what is new (`previous_response_id`)."""

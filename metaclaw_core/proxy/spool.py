@@ -26,7 +26,7 @@ from pathlib import Path
 
 from metaclaw_core.model import Exchange
 from metaclaw_core.prefix import Likeness
-from metaclaw_core.proxy.sessions import SessionFile, SessionRow
+from metaclaw_core.proxy.sessions import SessionFile, Snapshot, row_of
 from metaclaw_core.store.spool import SpoolError, SpoolWriter
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Spool:
         self.written = 0
         self.last_error: str | None = None
         self._rows: deque[_Queued] = deque()
-        self._sessions: dict[str, SessionRow] = {}
+        self._sessions: dict[str, Snapshot] = {}
         self._queued_bytes = 0
         self._lock = threading.Lock()
         self._wake = threading.Event()  # there is something to write
@@ -87,10 +87,10 @@ class Spool:
         if full:
             self._full.set()
 
-    def put_session(self, row: SessionRow) -> None:
+    def put_session(self, snapshot: Snapshot) -> None:
         """Queue the state of one session; a later state of the same session replaces it."""
         with self._lock:
-            self._sessions[row[0]] = row
+            self._sessions[snapshot.key] = snapshot
         self._wake.set()
 
     @property
@@ -192,12 +192,12 @@ class Spool:
         self._files += 1
         self.path = self.path.with_name(f"{self.path.stem.partition('_')[0]}_{self._files}.db")
 
-    def _write_sessions(self, rows: Sequence[SessionRow]) -> str | None:
-        if not rows:
+    def _write_sessions(self, snapshots: Sequence[Snapshot]) -> str | None:
+        if not snapshots:
             return None
         try:
             self._session_file = self._session_file or SessionFile(self._sessions_path)
-            if not self._session_file.write(rows):
+            if not self._session_file.write([row_of(snapshot) for snapshot in snapshots]):
                 return None  # no problem, only another proxy's moment: they stay in the queue
         except sqlite3.OperationalError as e:
             return f"{self._sessions_path} can't be written: {e}"
@@ -207,9 +207,9 @@ class Spool:
                 self._session_file = None  # opened anew: a damaged file is put aside then
             return f"{self._sessions_path} can't be written: {e}"
         with self._lock:
-            for row in rows:
-                if self._sessions.get(row[0]) is row:
-                    del self._sessions[row[0]]
+            for snapshot in snapshots:
+                if self._sessions.get(snapshot.key) is snapshot:
+                    del self._sessions[snapshot.key]
         return None
 
     def _done(self, rows: Sequence[_Queued]) -> None:

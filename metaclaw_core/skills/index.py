@@ -34,7 +34,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,6 +49,11 @@ from metaclaw_core.skills.tokens import pairs, words
 
 BODY_CHARS = 8_000
 """Only the beginning of a body is indexed. Measured: more ranks no better."""
+
+
+_KNOWN_TERMS = 2_000  # of the texts of late; a tenth of a second's work to find again
+type Scores = NDArray[np.float64] | NDArray[np.float32]  # (skills,)
+type Postings = tuple[NDArray[np.intp], NDArray[np.float32]]  # positions of skills, what a term adds to the score of each
 
 
 class Hit(NamedTuple):
@@ -78,18 +83,15 @@ class Field:
     parts: NDArray[np.float32]  # (postings,) tf · (k1 + 1) / (tf + k1 · (1 - b + b · |d| / mean|d|))
     mean_length: float  # terms per skill when it was built
 
-    def add_scores(self, terms: Mapping[str, float], out: NDArray[np.float32]) -> None:
-        """Adds every skill's score for `terms` to `out`, (skills,)."""
-        vocabulary = self.vocabulary
-        starts, docs, parts, skills = self.starts, self.docs, self.parts, len(out)
-        for term, weight in terms.items():
-            t = vocabulary.get(term)
-            if t is None:
-                continue
-            first, last = starts[t : t + 2].tolist()
-            having = last - first
-            idf = math.log1p((skills - having + 0.5) / (having + 0.5))
-            out[docs[first:last]] += parts[first:last] * (idf * weight)  # a skill occurs once per term, so no sum is lost
+    def postings(self, term: str, skills: int) -> Postings:
+        """The skills that have `term`, of `skills` in all."""
+        t = self.vocabulary.get(term)
+        if t is None:
+            return self.docs[:0], self.parts[:0]
+        first, last = self.starts[t : t + 2].tolist()
+        having = last - first
+        idf = math.log1p((skills - having + 0.5) / (having + 0.5))
+        return self.docs[first:last], self.parts[first:last] * np.float32(idf)
 
     def best_weights(self, skills: int) -> NDArray[np.float64]:
         """The weight of each skill's heaviest term, (skills,); 0 for one without terms."""
@@ -152,6 +154,7 @@ class State:
     embedding_model: str | None = None  # that made `vectors`
     telling: float = 0.0  # U of the module's cut-off
     origin: str = ""  # what it was built from, as its builder recognises it again
+    known: dict[str, Postings] = field(init=False, default_factory=dict)  # filled by use; of this state only
 
 
 EMPTY_STATE = State(0, (), {}, (), (), EMPTY_FIELD, EMPTY_FIELD)
@@ -217,9 +220,10 @@ class Index:
         query = text if isinstance(text, Query) else Query.of(text)
         scores = _scores(state, query)
         least = cutoff_of(state) if cutoff is None else cutoff
-        if float(scores.max()) < least:
+        found = top(scores, k)
+        if not found or float(scores[found[0]]) < least:
             return []
-        return [Hit(state.names[i], float(scores[i])) for i in top(scores, k)]
+        return [Hit(state.names[i], float(scores[i])) for i in found]
 
     def spoken(self, query: Query) -> list[tuple[str, float]]:
         """The turns of `query` that take part, newest first, with their weights."""
@@ -255,22 +259,37 @@ _decoded = lru_cache(maxsize=64)(decode)  # the same few skills are shown again 
 _FEW = 200  # skills; so many are sorted faster than numpy is called
 
 
-def top(scores: NDArray[np.float32], k: int) -> list[int]:
+def top(scores: Scores, k: int) -> list[int]:
     """Positions of the `k` best scores above zero, best first, equal ones by position."""
     n = len(scores)
     if n <= _FEW:
         return [i for _, i in sorted((-score, i) for i, score in enumerate(scores.tolist()) if score > 0)[:k]]
-    best: NDArray[np.intp] = np.argpartition(scores, n - k)[n - k :] if k < n else np.arange(n)
-    best = best[np.lexsort((best, -scores[best]))]
-    return [int(i) for i in best if scores[i] > 0]
+    best: list[int] = scores.argpartition(n - k)[n - k :].tolist() if k < n else list(range(n))
+    return [i for score, i in sorted((-float(scores[i]), i) for i in best) if score < 0]
 
 
-def score_terms(state: State, terms: Mapping[str, float]) -> NDArray[np.float32]:
+def score_terms(state: State, terms: Mapping[str, float]) -> NDArray[np.float64]:
     """Every skill's score for weighted terms, (skills,)."""
-    scores = np.zeros(len(state.names), np.float32)
-    state.head.add_scores(terms, scores)
-    state.body.add_scores(terms, scores)
-    return scores
+    skills, head, body, known = len(state.names), state.head.vocabulary, state.body.vocabulary, state.known
+    docs: list[NDArray[np.intp]] = []
+    parts: list[NDArray[np.float32]] = []
+    for term, weight in terms.items():
+        found = known.get(term)
+        if found is None:
+            if term not in head and term not in body:
+                continue
+            found = known[term] = _postings(state, term)
+            if len(known) > _KNOWN_TERMS:
+                known.clear()
+        docs.append(found[0])
+        parts.append(found[1] if weight == 1.0 else found[1] * weight)
+    return np.bincount(np.concatenate(docs), np.concatenate(parts), skills) if docs else np.zeros(skills)
+
+
+def _postings(state: State, term: str) -> Postings:
+    """`Field.postings` of both fields together; a skill may stand in it twice."""
+    found = [part.postings(term, len(state.names)) for part in (state.head, state.body)]
+    return np.concatenate([docs for docs, _ in found]), np.concatenate([parts for _, parts in found])
 
 
 def cutoff_of(state: State) -> float:
@@ -286,21 +305,21 @@ def calibrated(state: State) -> State:
     return replace(state, telling=float((state.head.best_weights(skills) + state.body.best_weights(skills)).mean()))
 
 
-def _scores(state: State, query: Query) -> NDArray[np.float32]:
+def _scores(state: State, query: Query) -> NDArray[np.float64]:
     """The weighted sum over the turns that speak. Each is scored once: the sum of scores is the score of the sum."""
-    single: dict[str, NDArray[np.float32]] = {}
+    single: dict[str, NDArray[np.float64]] = {}
 
-    def score(text: str) -> NDArray[np.float32]:
+    def score(text: str) -> NDArray[np.float64]:
         if text not in single:
             single[text] = score_terms(state, _query.terms(text))
         return single[text]
 
     spoken = _query.turns(query, cutoff_of(state), score)
     if len(spoken) == 1:
-        return single[spoken[0][0]]
-    total = np.zeros(len(state.names), np.float32)
+        return score(spoken[0][0])
+    total = np.zeros(len(state.names))
     for text, weight in spoken:
-        total += single[text] * weight
+        total += score(text) * weight
     return total
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from metaclaw_core.skills.index import Hit
 
@@ -56,10 +57,13 @@ class SkillText:
 
 def estimate_tokens(text: str) -> int:
     """About how many tokens `text` has: four ASCII characters or one and a half others to a token."""
+    if text.isascii():
+        return len(text) // 4
     ascii_chars = len(text.encode("ascii", "ignore"))
     return ascii_chars // 4 + round((len(text) - ascii_chars) / 1.5)
 
 
+@lru_cache(maxsize=64)
 def render_skill(skill: SkillText) -> str:
     return f"\n\n### {skill.name}\n\n_{' '.join(skill.description.split())}_\n\n{skill.body.strip()}"
 

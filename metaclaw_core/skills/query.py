@@ -46,14 +46,19 @@ def terms(text: str) -> Mapping[str, float]:
     """Term → weight for one turn: words and adjacent pairs; a repeat counts logarithmically, and in all at most double."""
     found = words(capped(text))
     found += pairs(found)
+    once = dict.fromkeys(found, 1.0)
+    if len(once) == len(found):
+        return once
     return {term: min(1.0 + math.log(n), _MOST) for term, n in Counter(found).items()}
 
 
-def turns(query: Query, cutoff: float, score: Callable[[str], NDArray[np.float32]]) -> list[tuple[str, float]]:
+def turns(query: Query, cutoff: float, score: Callable[[str], NDArray[np.float64]]) -> list[tuple[str, float]]:
     """The turns that speak, newest first, with their weights. `score`: every skill's, for one turn alone."""
     weight, spoken = 1.0, []
     for text in reversed(query.texts):
         spoken.append((text, weight))
+        if len(spoken) == len(query.texts):
+            break  # nobody is left to hand anything on to
         best = float(score(text).max(initial=0.0))
         weight *= max(0.0, 1.0 - (best / (_ENOUGH * cutoff)) ** 2) if cutoff > 0 else 0.0
         if weight < _LEAST:

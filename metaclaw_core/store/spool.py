@@ -26,7 +26,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from functools import lru_cache
 from itertools import batched, chain, zip_longest
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -49,10 +51,12 @@ MAX_BATCH_BYTES = 64 * 1024 * 1024
 _ROWS_A_STATEMENT = 64
 _KEPT_BYTES = 4 * 1024 * 1024  # of bases, by a reader
 _BODIES = ("request_body", "response_body")
-_HEAD = tuple(f.name for f in dataclass_fields(Exchange) if f.name not in _BODIES)
+_HEAD = tuple(f.name for f in dataclass_fields(Exchange) if f.name not in (*_BODIES, "injection"))
 _HINTS = tuple(f.name for f in dataclass_fields(Hints))
 _INJECTION = tuple(f.name for f in dataclass_fields(Injection))
-_ZIP_FROM = 4096  # bytes
+_head_values, _hint_values = attrgetter(*_HEAD), attrgetter(*_HINTS)
+_block = lru_cache(maxsize=64)(dumps)  # the same text goes with many requests
+_ZIP_FROM = 16 * 1024  # bytes; less is written faster than compressed
 _ZIP = zstandard.ZstdCompressor(level=-5)  # fastest: the row lives for seconds
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -138,11 +142,13 @@ type Row = tuple[str, bytes, bytes, int | None]  # head, request body, response 
 
 def head_of(exchange: Exchange, **more: Json) -> str:
     """Every field but the bodies, as ASCII JSON; `more` stands beside them or in place of one."""
-    head = {name: getattr(exchange, name) for name in _HEAD}
-    hints, injection = exchange.hints, exchange.injection
-    head["hints"] = {name: getattr(hints, name) for name in _HINTS}  # `asdict` would copy each value, and be half the cost
-    head["injection"] = injection and {name: getattr(injection, name) for name in _INJECTION}
-    return dumps(head | more)
+    head = dict(zip(_HEAD, _head_values(exchange), strict=True))
+    head["hints"] = dict(zip(_HINTS, _hint_values(exchange.hints), strict=True))  # `asdict` would copy each value, and be half the cost
+    injection = more.pop("injection", None)
+    if injection is None and exchange.injection is not None:
+        beside = dumps({name: getattr(exchange.injection, name) for name in _INJECTION if name != "text"})
+        return f'{dumps(head | more)[:-1]},"injection":{beside[:-1]},"text":{_block(exchange.injection.text)}}}}}'
+    return dumps(head | {"injection": injection} | more)
 
 
 def row_of(exchange: Exchange, delta: Delta | None = None) -> Row:

@@ -12,6 +12,9 @@ import json
 from metaclaw_core.errors import WireError
 from metaclaw_core.model import Json
 
+_compact = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` would make one at each call
+_sorted = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+
 
 def loads(data: bytes | str, what: str) -> Json:
     """Parse JSON; `what` names the thing in the error ("request body").
@@ -41,7 +44,7 @@ def loads_object(data: bytes | str, what: str) -> dict[str, Json]:
 def dumps(value: Json) -> str:
     """Compact ASCII JSON in the given key order. Raises WireError for what is nested too deeply."""
     try:
-        return json.dumps(value, separators=(",", ":"))
+        return _compact(value)
     except RecursionError as e:
         raise WireError("the value is nested too deeply for JSON") from e
 
@@ -49,6 +52,6 @@ def dumps(value: Json) -> str:
 def canonical(value: Json) -> str:
     """Compact ASCII JSON with sorted keys: equal values, equal text. Raises WireError like `dumps`."""
     try:
-        return json.dumps(value, separators=(",", ":"), sort_keys=True)
+        return _sorted(value)
     except RecursionError as e:
         raise WireError("the value is nested too deeply for JSON") from e

@@ -14,9 +14,11 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from metaclaw_core.prefix import Likeness, common_suffix, longest
+from metaclaw_core.prefix import Likeness, common_suffix, likeness, longest
 from metaclaw_core.wire.base import Dialect
 from metaclaw_core.wire.reread import Reading
+
+_NEARLY_ALL = 0.9  # of a request before: no other can have much more in common with its successor
 
 
 class Near[T](NamedTuple):
@@ -39,15 +41,22 @@ class Kept[T]:
         return self._bytes
 
     def near(self, dialect: Dialect, body: bytes, path: str, caller: str) -> Near[T] | None:
-        """The request of `caller` whose body has most in common with the start of `body`; None: there is none."""
-        own = [
-            (reading, value)
-            for other, reading, value in reversed(self._readings.values())
-            if other == caller and reading.dialect is dialect and reading.path == path
-        ]
-        place, prefix = longest((reading.body for reading, _ in own), body)
-        if place < 0:
+        """The request of `caller` whose body has most in common with `body`, or nearly; None: there is none."""
+        newest: Near[T] | None = None
+        own: list[tuple[Reading, T]] = []
+        for other, reading, value in reversed(self._readings.values()):
+            if other != caller or reading.dialect is not dialect or reading.path != path:
+                continue
+            if newest is None:  # mostly it is the one
+                newest = Near(reading, value, likeness(reading.body, body))
+                if newest.like.shared >= _NEARLY_ALL * len(reading.body):
+                    return newest
+            own.append((reading, value))
+        if newest is None:
             return None
+        place, prefix = longest((reading.body for reading, _ in own), body)
+        if place == 0:
+            return newest
         reading, value = own[place]
         suffix = common_suffix(reading.body, body, min(len(reading.body), len(body)) - prefix)
         return Near(reading, value, Likeness(reading.body, prefix, suffix))

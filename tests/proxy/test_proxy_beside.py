@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from metaclaw_core.model import Hints, Kind
 from metaclaw_core.proxy.rewrite import Rewriter, Rewritten
-from metaclaw_core.proxy.sessions import Sessions, SessionState
+from metaclaw_core.proxy.sessions import Sessions, SessionState, Snapshot, row_of
 from metaclaw_core.settings import Settings
 from metaclaw_core.skills import Index, Skill
 from metaclaw_core.skills.index import Hit
@@ -28,8 +28,8 @@ class Sink:
     def __init__(self) -> None:
         self.rows: list[tuple[str, bytes, float]] = []
 
-    def put_session(self, row: tuple[str, bytes, float]) -> None:
-        self.rows.append(row)
+    def put_session(self, snapshot: Snapshot) -> None:
+        self.rows.append(row_of(snapshot))
 
 
 class Named:

@@ -7,7 +7,7 @@ import pytest
 
 from metaclaw_core.model import Hints
 from metaclaw_core.proxy.rewrite import Rewriter, Rewritten
-from metaclaw_core.proxy.sessions import Sessions, SessionState
+from metaclaw_core.proxy.sessions import Sessions, SessionState, row_of
 from metaclaw_core.settings import Settings
 from metaclaw_core.skills import Index, Skill
 from metaclaw_core.skills.index import Hit
@@ -22,8 +22,8 @@ class Sink:
     def __init__(self):
         self.rows: list[Any] = []
 
-    def put_session(self, row):
-        self.rows.append(row)
+    def put_session(self, snapshot):
+        self.rows.append(row_of(snapshot))
 
 
 class Named:

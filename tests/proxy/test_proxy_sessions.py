@@ -1,18 +1,19 @@
+import json
 import sqlite3
 import time
 from contextlib import closing
 
 from metaclaw_core.agents.base import Prior
 from metaclaw_core.model import Kind
-from metaclaw_core.proxy.sessions import MAX_SESSIONS, SessionFile, Sessions, SessionState, session_key
+from metaclaw_core.proxy.sessions import MAX_SESSIONS, SessionFile, Sessions, SessionState, row_of, session_key
 
 
 class Sink:
     def __init__(self):
         self.rows = {}
 
-    def put_session(self, row):
-        self.rows[row[0]] = row
+    def put_session(self, snapshot):
+        self.rows[snapshot.key] = row_of(snapshot)
 
 
 def state(**more):
@@ -33,6 +34,20 @@ def test_what_was_written_is_there_after_a_restart(tmp_path):
     again = Sessions.load(tmp_path / "sessions.db")
     assert again.get("a") == sessions.get("a")
     assert len(again) == 1
+
+
+def test_a_snapshot_is_the_state_of_its_moment():
+    taken, sessions = [], Sessions()
+
+    class Snapshots:
+        def put_session(self, snapshot):
+            taken.append(snapshot)
+
+    changing = state(block="one", used_at=5.0)
+    sessions.put("a", changing, Snapshots())
+    changing.block, changing.used_at = "two", 6.0
+    key, value, used_at = row_of(taken[0])
+    assert (key, json.loads(value)["block"], json.loads(value)["used_at"], used_at) == ("a", "one", 5.0, 5.0)
 
 
 def test_the_oldest_go_first_in_memory_and_on_disk(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from metaclaw_core.model import Exchange, Hints
+from metaclaw_core.proxy.sessions import Sessions, SessionState
 from metaclaw_core.proxy.spool import Spool
 from metaclaw_core.store.spool import SpoolReader, SpoolWriter
 
@@ -68,7 +69,7 @@ def test_close_writes_the_rest_and_gives_the_file_up(tmp_path):
     folder.mkdir()
     spool = Spool(folder / "1.db", folder / "sessions.db")
     spool.put(EXCHANGE)
-    spool.put_session(("k", b"{}", 1.0))
+    Sessions().put("k", SessionState("s", None), spool)
     spool.close()
     assert ids(spool.path) == ["f"]
     SpoolWriter(spool.path).close()  # nobody holds it any more
@@ -77,16 +78,16 @@ def test_close_writes_the_rest_and_gives_the_file_up(tmp_path):
 
 def test_the_last_state_of_a_session_counts(spool, tmp_path):
     for n in range(100):
-        spool.put_session(("k", b"%d" % n, float(n)))
+        Sessions().put("k", SessionState("s", None, messages=n), spool)
     assert spool.flush()
     with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
-        assert db.execute("SELECT key, value FROM sessions").fetchall() == [("k", b"99")]
+        assert db.execute("SELECT key, json_extract(value, '$.messages') FROM sessions").fetchall() == [("k", 99)]
 
 
 def test_sessions_that_can_not_be_written_hold_up_no_exchange_and_bring_none_twice(tmp_path):
     (tmp_path / "sessions.db").mkdir()
     spool = Spool(tmp_path / "1.db", tmp_path / "sessions.db")
-    spool.put_session(("k", b"{}", 1.0))
+    Sessions().put("k", SessionState("s", None), spool)
     for n in range(3):
         spool.put(replace(EXCHANGE, flow_id=f"f{n}"))
         spool.flush(0.3)
