@@ -1,10 +1,9 @@
 """Secrets out of text, before anything reaches the disk: the one function every writer calls.
 
 Design: a credential has a shape (a vendor's prefix, a PEM frame, a JWT) and is replaced by a typed
-placeholder ``[redacted:openai-key]``. The search runs over bytes: each shape has a literal anchor
-that `bytes.find` looks for at memory speed, and the regular expression is tried only at a hit, so a
-60 kB body without secrets costs about 0.2 ms. The placeholder holds no quote or
-backslash, so a JSON body stays valid.
+placeholder ``[redacted:openai-key]``. The search runs over bytes: each shape has a literal anchor, all anchors
+are looked for at once (Aho-Corasick with vector instructions), and the regular expression is tried only at a hit, so a
+400 kB body without an anchor costs some 20 µs. The placeholder holds no quote or backslash, so a JSON body stays valid.
 
 Limits: shapes only. A password in prose has no shape and stays. What a stream splits over its events is
 found by `redact_answer` in the fields that it knows; assembled texts are redacted again.
@@ -16,6 +15,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import parse_qsl, quote
+
+from ahocorasick_rs import BytesAhoCorasick, MatchKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,22 @@ _SHAPES = (
     ),
     _shape("bearer", b"earer ", rb"earer [A-Za-z0-9._~+/=-]{16,}", re.compile(rb"[Bb]\Z")),
 )
-_ANCHORS = tuple((shape.anchor, shape) for shape in _SHAPES)
+_ANCHORS = [shape.anchor for shape in _SHAPES]
+# Of anchors at one place the first is found, and none that begins within another: what may begin there is looked at then.
+_find = BytesAhoCorasick(_ANCHORS, matchkind=MatchKind.LeftmostFirst).find_matches_as_indexes
+
+
+def _may_begin_within(anchor: bytes) -> tuple[tuple[int, _Shape], ...]:
+    """(offset in `anchor`, shape) of what may begin there or where `anchor` does, in that order."""
+    return tuple(
+        (at, shape)
+        for at in range(len(anchor))
+        for shape in _SHAPES
+        if shape.anchor.startswith(anchor[at:]) or anchor[at:].startswith(shape.anchor)
+    )
+
+
+_WITHIN = [_may_begin_within(anchor) for anchor in _ANCHORS]
 
 
 def redact(data: bytes) -> tuple[bytes, int]:
@@ -96,17 +112,16 @@ def redact(data: bytes) -> tuple[bytes, int]:
 def _hits(data: bytes) -> list[tuple[int, int, str]]:
     """(start, end, kind) of each secret, in order, none inside another."""
     hits: list[tuple[int, int, str]] = []
-    for anchor, shape in _ANCHORS:
-        if data.rfind(anchor) < 0:  # CPython's rfind is about three times as fast as find for what isn't there
-            continue
-        at = data.find(anchor)
-        while at >= 0:
+    ends: dict[bytes, int] = {}  # by anchor: a shape's own match goes on to here
+    for number, start, _ in _find(data):
+        for offset, shape in _WITHIN[number]:
+            at = start + offset
+            if at < ends.get(shape.anchor, 0) or not data.startswith(shape.anchor, at):
+                continue
             match = shape.pattern.match(data, at)
             if match and shape.before.search(data[max(0, at - 6) : at]):
                 hits.append((at, match.end(), shape.kind))
-                at = data.find(anchor, match.end())
-            else:
-                at = data.find(anchor, at + 1)
+                ends[shape.anchor] = match.end()
     hits.sort()
     apart: list[tuple[int, int, str]] = []
     for hit in hits:

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaclaw_core.prefix import common_prefix, common_suffix
-from metaclaw_core.redact import redact, redact_answer, redact_between, redact_header, redact_path, redact_text
+from metaclaw_core.redact import (
+    _SHAPES,
+    _hits,
+    redact,
+    redact_answer,
+    redact_between,
+    redact_header,
+    redact_path,
+    redact_text,
+)
 from metaclaw_core.testing import Script, _events
 from metaclaw_core.wire import by_name
 
@@ -51,6 +60,29 @@ def test_a_body_without_secrets_is_the_same_object():
     body = b'{"messages":[]}' * 100
     assert redact(body) == (body, 0)
     assert redact(body)[0] is body
+
+
+_PIECES = [shape.anchor for shape in _SHAPES] + [
+    *(b"a", b" ", b"-", b'"', b"\\n", b"B", b"1", b".", b"_", b"s", b"k", b"proj-", b"AB12" * 6, b"x" * 33),
+    *(b"abcdefghijklmnopqrstuvwxyz0123456789", b"PRIVATE KEY-----", b"RSA ", b"-----END PRIVATE KEY-----"),
+]
+
+
+@given(st.lists(st.sampled_from(_PIECES), max_size=9).map(b"".join))
+def test_all_anchors_at_once_find_what_each_alone_does(data):
+    alone = []
+    for shape in _SHAPES:
+        at = data.find(shape.anchor)
+        while at >= 0:
+            match = shape.pattern.match(data, at)
+            if match and shape.before.search(data[max(0, at - 6) : at]):
+                alone.append((at, match.end(), shape.kind))
+            at = data.find(shape.anchor, match.end() if alone and match and alone[-1][0] == at else at + 1)
+    apart = []
+    for hit in sorted(alone):
+        if not apart or hit[0] >= apart[-1][1]:
+            apart.append(hit)
+    assert _hits(data) == apart
 
 
 def test_a_json_body_stays_valid_json():

@@ -337,7 +337,7 @@ class SpoolWriter(_Spool):
         try:
             rows = [self._row(exchange, like) for exchange, like in zip_longest(exchanges, likes)]
             with _typed(self.path, "written"), self._transaction():
-                if missing := self._missing(rows):
+                while missing := self._missing(rows):  # the next nearest base may be gone as well
                     self._bases.forget(missing)
                     rows = [self._row(exchange) for exchange in exchanges]
                 bases = [(base_id, _ZIP.compress(body), block) for base_id, body, block in self._bases.unwritten]
