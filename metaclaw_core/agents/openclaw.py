@@ -245,6 +245,10 @@ def _said(messages: tuple[Message, ...]) -> Iterator[_Said]:
     for index, message in enumerate(messages):
         if message.role is not Role.USER:
             continue
+        if not first and len(message.parts) == 1 and isinstance(only := message.parts[0], Text):  # nearly all
+            if (heard := _heard(only.text)) is not None:
+                yield _Said(index, *heard)
+            continue
         texts = [p.text for p in message.parts if isinstance(p, Text)]
         if first:
             first = False

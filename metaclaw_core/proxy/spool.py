@@ -19,6 +19,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 GROUP_SECONDS = 0.02
 GROUP_ROWS = 64
+SESSIONS_SECONDS = 0.08  # between writes of session state, of which only the last counts
 MAX_QUEUED_BYTES = 256 << 20
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _ROW_BYTES = 2048  # what a queued row holds beside its bodies, roughly
@@ -121,19 +123,22 @@ class Spool:
     # --- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
+        failures, sessions_due = 0, 0.0
         with contextlib.suppress(SpoolError):  # the first exchange says so, and tries again
             self._writer = SpoolWriter(self.path)  # now, since making a file takes longer than a commit
         while True:
             self._wake.wait()
             self._full.wait(GROUP_SECONDS)  # gather a group
+            due = self._full.is_set() or self._closing.is_set() or time.monotonic() >= sessions_due
             with self._lock:
                 self._wake.clear()
                 self._full.clear()
                 rows = list(islice(self._rows, GROUP_ROWS * 4))
-                sessions = list(self._sessions.values())
+                sessions = list(self._sessions.values()) if due else []
                 self._busy = bool(rows or sessions)
             problem = self._write_rows(rows) or self._write_sessions(sessions)
+            if sessions:
+                sessions_due = time.monotonic() + SESSIONS_SECONDS
             failures = failures + 1 if problem else 0
             if problem and failures == 1:
                 logger.warning("metaclaw: %s; trying again. Traffic goes on.", problem)

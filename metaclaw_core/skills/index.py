@@ -35,7 +35,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +50,7 @@ BODY_CHARS = 8_000
 """Only the beginning of a body is indexed. Measured: more ranks no better."""
 
 
+_SHOWN = 64  # skills; the same few are shown again and again
 _KNOWN_TERMS = 2_000  # of the texts of late; a tenth of a second's work to find again
 type Scores = NDArray[np.float64] | NDArray[np.float32]  # (skills,)
 type Postings = tuple[NDArray[np.intp], NDArray[np.float32]]  # positions of skills, what a term adds to the score of each
@@ -154,7 +154,9 @@ class State:
     embedding_model: str | None = None  # that made `vectors`
     telling: float = 0.0  # U of the module's cut-off
     origin: str = ""  # what it was built from, as its builder recognises it again
-    known: dict[str, Postings] = field(init=False, default_factory=dict)  # filled by use; of this state only
+    # Both are filled by use, and of this state only.
+    known: dict[str, Postings] = field(init=False, default_factory=dict)  # by term
+    shown: dict[int, Skill] = field(init=False, default_factory=dict)  # by position
 
 
 EMPTY_STATE = State(0, (), {}, (), (), EMPTY_FIELD, EMPTY_FIELD)
@@ -203,7 +205,14 @@ class Index:
         """The skill as it was indexed, without metadata and source; None: not in the index."""
         state = self._state
         at = state.positions.get(name)
-        return None if at is None else _decoded(bytes(state.contents[at]))
+        if at is None:
+            return None
+        shown = state.shown.get(at)
+        if shown is None:
+            if len(state.shown) >= _SHOWN:
+                state.shown.clear()
+            shown = state.shown[at] = decode(bytes(state.contents[at]))
+        return shown
 
     def snapshot(self) -> Index:
         """The same index now, which later changes to this one don't reach."""
@@ -255,7 +264,6 @@ class Index:
         return self
 
 
-_decoded = lru_cache(maxsize=64)(decode)  # the same few skills are shown again and again
 _FEW = 200  # skills; so many are sorted faster than numpy is called
 
 
