@@ -133,7 +133,8 @@ class Rewriter:
             # One at a time for each session: two first requests side by side must not choose two blocks.
             async with self._locks.setdefault(key, asyncio.Lock()):
                 state = await self._plan(key, reading, identity, index)
-        identity = replace(identity, session_id=name)  # so that a response id leads the client's next request here
+        if identity.session_id != name:
+            identity = replace(identity, session_id=name)  # so that a response id leads the client's next request here
         self._recent.keep(key, principal, reading)
         if not state.block or not self._skills.enabled:
             return Rewritten(None, "nothing to add", identity, key, like=like)

@@ -229,11 +229,6 @@ class _History:
         self._old, self._dialect = old, dialect
         self._waiting: list[Json] = []  # decoded and not yet read: neighbours may be one message
 
-    def alone(self, k: int) -> bool:
-        """Does the old item `k` give a message whatever its neighbours are?"""
-        place = self._old.places[k]
-        return not self._dialect.runs or (place >= 0 and self._old.request.messages[place].role is not Role.ASSISTANT)
-
     def add_new(self, item: Json, start: int, end: int) -> None:
         self._waiting.append(item)
         self.starts.append(start)
@@ -256,13 +251,18 @@ class _History:
             self._waiting = []
 
 
+def _alone(old: Reading, dialect: HasHistory, k: int) -> bool:
+    """Does the old item `k` give a message whatever its neighbours are?"""
+    place = old.places[k]
+    return not dialect.runs or (place >= 0 and old.request.messages[place].role is not Role.ASSISTANT)
+
+
 def _reread(old: Reading, dialect: HasHistory, body: bytes, like: Likeness) -> Reading | None:
     n, size = len(old.starts), len(old.body)
     first = bisect_right(old.starts, like.prefix) - 1  # the first item that may be another
     if first < 0:
         return None
-    history = _History(old, dialect, 0)
-    while first > 0 and not history.alone(first - 1):
+    while first > 0 and not _alone(old, dialect, first - 1):
         first -= 1
     history = _History(old, dialect, first)
     start = old.starts[first]
@@ -272,11 +272,11 @@ def _reread(old: Reading, dialect: HasHistory, body: bytes, like: Likeness) -> R
     if same < size - old.close:
         return _to_the_end(old, dialect, body, history, first)
     last = bisect_left(old.starts, size - same, first)  # the first item from which on all is the same
-    while last < n and not history.alone(last):
+    while last < n and not _alone(old, dialect, last):
         last += 1
     shift = len(body) - size
     stop = (old.starts[last] if last < n else old.close) + shift
-    at, closed = _aligned(old, body, history, first, last, stop)
+    at, closed = _aligned(old, dialect, body, history, first, last, stop)
     if not closed and at < stop:
         text = body[at:stop].decode()
         if last < n:  # it ends with the comma in front of a known item
@@ -308,7 +308,7 @@ def _reread(old: Reading, dialect: HasHistory, body: bytes, like: Likeness) -> R
 
 def _to_the_end(old: Reading, dialect: HasHistory, body: bytes, history: _History, first: int) -> Reading:
     """What follows the history has changed: all of it is decoded."""
-    at, closed = _aligned(old, body, history, first, len(old.starts), len(body))
+    at, closed = _aligned(old, dialect, body, history, first, len(old.starts), len(body))
     if closed:
         close = at
         members = _members(body[close + 1 :].decode(), 0)
@@ -326,7 +326,9 @@ def _to_the_end(old: Reading, dialect: HasHistory, body: bytes, history: _Histor
     return Reading(dialect, old.path, body, request, history.starts, history.ends, places, close, old.before)
 
 
-def _aligned(old: Reading, body: bytes, history: _History, k: int, last: int, stop: int) -> tuple[int, bool]:
+def _aligned(
+    old: Reading, dialect: HasHistory, body: bytes, history: _History, k: int, last: int, stop: int
+) -> tuple[int, bool]:
     """Reads on from the old item `k` to the old item `last` as long as each item is the old one or has its length.
 
     (where it stands: at an item, or at the bracket; whether it is the bracket), at most about `stop`.
@@ -335,7 +337,7 @@ def _aligned(old: Reading, body: bytes, history: _History, k: int, last: int, st
     while k < last and at < stop and not closed:
         start = old.starts[k]
         end = at + old.ends[k] - start
-        if history.alone(k) and body.startswith(old.body[start : old.ends[k]], at):
+        if _alone(old, dialect, k) and body.startswith(old.body[start : old.ends[k]], at):
             history.add_old(k, k + 1, at - start)
         elif end > stop or (item := _exactly(body[at:end])) is None:
             break
