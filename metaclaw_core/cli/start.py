@@ -1,21 +1,14 @@
-"""``metaclaw start``: the proxy, in the foreground or detached.
-
-Design: the lean proxy runs under ``python -O``, in the same process: mitmproxy checks the type of each event of each layer
-where `__debug__` is set, for those who work on it, and that is a seventh of what a request costs. Only where the compiled
-modules can be kept, or every start would compile mitmproxy anew.
-"""
+"""``metaclaw start``: the proxy, in the foreground or detached."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
+from metaclaw_core.cli.optimised import optimise
 from metaclaw_core.errors import ConfigError
 from metaclaw_core.proxy.startoptions import StartOptions, check_sets
 from metaclaw_core.settings import home, load_settings
@@ -38,8 +31,8 @@ def start_options[F: Callable[..., Any]](function: F) -> F:
 @click.option("--detach", "-d", is_flag=True, help="Run in the background; returns when the proxy serves.")
 def command(port: int | None, mode: str | None, sets: tuple[str, ...], lean: bool, detach: bool) -> None:
     """Run the proxy on 127.0.0.1 until it is interrupted, or with --detach in the background."""
-    if lean and not detach and not sys.flags.optimize and _keeps_compiled("mitmproxy"):
-        os.execv(sys.executable, [sys.orig_argv[0], "-O", *sys.orig_argv[1:]])  # noqa: S606 - this very command
+    if lean and not detach:
+        optimise()
     options = StartOptions(port=port, mode=mode, lean=lean, sets=sets)
     check_sets(sets)
     configured = load_settings().proxy.port  # here, so that what is wrong in them is said before anything starts
@@ -61,16 +54,6 @@ def command(port: int | None, mode: str | None, sets: tuple[str, ...], lean: boo
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a log shows it at once
     run(options)
-
-
-def _keeps_compiled(package: str) -> bool:
-    """Whether what ``-O`` compiles of `package` is there, or will be after the first start."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None or not sys.executable or getattr(sys, "frozen", False) or os.name != "posix":
-        return False
-    compiled = Path(importlib.util.cache_from_source(found.origin, optimization=1))
-    folder = next(place for place in compiled.parents if place.is_dir())
-    return compiled.exists() or (not sys.dont_write_bytecode and os.access(folder, os.W_OK))
 
 
 def describe(live: Any) -> str:

@@ -25,7 +25,7 @@ from metaclaw_core import __version__
 from metaclaw_core.doctor import Check
 from metaclaw_core.errors import MetaClawError
 from metaclaw_core.proxy.detach import Live
-from metaclaw_core.store.chain import message_id, unpack_message
+from metaclaw_core.store.chain import rederived, unpack_message
 from metaclaw_core.store.db import open_store
 from metaclaw_core.store.migrations import MIGRATIONS
 from metaclaw_core.store.rollouts import Store
@@ -225,7 +225,7 @@ def sample(store: Store, limit: int = _SAMPLE) -> tuple[int, list[str]]:
     problems += [f"message {tip} is missing" for tip in sorted(tips - {row.id for row in rows})]
     for row in rows:
         try:
-            derived = message_id(row.parent, unpack_message(row.role, row.content))
+            derived = rederived(row.id, row.parent, unpack_message(row.role, row.content))
         except (KeyError, TypeError, ValueError) as e:
             problems.append(f"message {row.id} can't be read: {e}")
             continue

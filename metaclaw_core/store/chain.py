@@ -1,8 +1,13 @@
 """Messages as a hash-linked chain: what is stored of a message, and what makes two of them the same.
 
-Design: ``id = "v1:" + sha256(parent id, role, canonical content)``, so one id stands for a whole
-conversation, equal prefixes share rows, and a session is recognised by its prefix. The canonical
-content is what a client must send back unchanged for the conversation to be the same one:
+Design: ``id = "v1:" + place + "-" + sha256(parent's hash, role, canonical content)``, so one id stands for a whole
+conversation, equal prefixes share rows, and a session is recognised by its prefix. The place is handed down from the
+first message that isn't the system's (it is the beginning of that one's hash; the system's are at zeros): it keeps a
+conversation's ids next to each other in every index, and what a request adds to a large store touches a few pages there, not
+one for each id. It takes no part in the hash. Ids that were made before there were places have none, and what follows them
+has none either; the hash in them is the same.
+
+The canonical content is what a client must send back unchanged for the conversation to be the same one:
 
 - text, with neighbouring text parts joined by a newline and empty ones dropped, so that a string and a
   list of blocks are equal, and so are `content: null` and `""`;
@@ -33,12 +38,42 @@ from metaclaw_core.redact import redact_text
 from metaclaw_core.wire.jsonio import canonical
 
 PREFIX = "v1:"
+_LEADING = "00000000"  # place of the system's messages: conversations share them
+_END = len(PREFIX) + len(_LEADING)  # where "-" stands in an id that has a place
 
 
 def message_id(parent: str | None, message: Message) -> str:
-    """Pieces are joined with their lengths in front, so that no two lists of pieces give the same bytes."""
-    pieces = [(parent or "").encode(), message.role.value.encode(), *canonical_pieces(message)]
-    return PREFIX + sha256(b"".join(b"%d:%b" % (len(piece), piece) for piece in pieces)).hexdigest()
+    """The id of `message` behind `parent`; None: it is the first."""
+    return linked_id(parent, message.role, canonical_pieces(message))
+
+
+def linked_id(parent: str | None, role: Role, canonical_content: Iterable[bytes]) -> str:
+    """The same, of a message's `canonical_pieces`. All pieces are joined with their lengths in front, so that no two lists of
+    pieces give the same bytes."""
+    before = "" if parent is None else unplaced(parent)
+    pieces = (before.encode(), role.value.encode(), *canonical_content)
+    digest = sha256(b"".join([b"%d:%b" % (len(piece), piece) for piece in pieces])).hexdigest()
+    if parent is not None and not _placed(parent):
+        return PREFIX + digest
+    place = _LEADING if parent is None else parent[len(PREFIX) : _END]
+    if place == _LEADING and role not in (Role.SYSTEM, Role.DEVELOPER):
+        place = digest[: len(_LEADING)]
+    return f"{PREFIX}{place}-{digest}"
+
+
+def rederived(stored: str, parent: str | None, message: Message) -> str:
+    """What `stored`, the id of a message that is in the database, should be; without a place where it has none."""
+    derived = message_id(parent, message)
+    return derived if _placed(stored) else unplaced(derived)
+
+
+def unplaced(message_id: str) -> str:
+    """The id as it was made before there were places."""
+    return PREFIX + message_id[_END + 1 :] if _placed(message_id) else message_id
+
+
+def _placed(message_id: str) -> bool:
+    return message_id[_END : _END + 1] == "-"
 
 
 def chain_ids(messages: Iterable[Message], parent: str | None = None) -> list[str]:

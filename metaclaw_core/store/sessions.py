@@ -3,7 +3,8 @@
 Design: the deepest known prefix. Earlier turns of the same principal are looked up by the ids of the
 request's chain, from its end backwards: the answer of an earlier turn in the chain is proof, its prompt
 is good evidence. A prompt without any answer in it (the opening) proves little, since two conversations
-often begin alike: it counts if the earlier turn got no answer or is at most a minute old.
+often begin alike: it counts if the earlier turn got no answer or is at most a minute old. Turns that were recorded before ids
+had a place (``store.chain``) are found by what their ids were.
 
 A compaction call shows no session. It holds the older part of a conversation as a transcript, and belongs
 to the session whose newest request holds all the human lines of it. Where two fit, it is left open.
@@ -26,6 +27,7 @@ from sqlalchemy.dialects.postgresql.dml import Insert as PostgresInsert
 from sqlalchemy.dialects.sqlite.dml import Insert as SqliteInsert
 
 from metaclaw_core.model import Role
+from metaclaw_core.store.chain import unplaced
 from metaclaw_core.store.queries import load_chain, upsert
 from metaclaw_core.store.tables import sessions, turns
 
@@ -66,10 +68,10 @@ def by_prefix(
     connection: Connection, principal: str, ids: Sequence[str], opening: int, started_at: float
 ) -> Match | None:
     """The session whose turn is the deepest prefix of the chain `ids`; the first `opening` ids hold no answer yet."""
-    depth = {chain_id: place for place, chain_id in enumerate(ids)}
+    depth = {name: place for place, chain_id in enumerate(ids) for name in (chain_id, unplaced(chain_id))}
     for some in _from_the_end(ids):
         found: list[tuple[int, bool, float, str]] = []
-        for row in connection.execute(_prefix, {"principal": principal, "ids": some}):
+        for row in connection.execute(_prefix, {"principal": principal, "ids": [*some, *map(unplaced, some)]}):
             if row.response_tip in depth:
                 found.append((depth[row.response_tip], True, row.started_at, row.session))
             place = depth.get(row.prompt_tip, -1)

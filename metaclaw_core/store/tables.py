@@ -50,7 +50,7 @@ _Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by its
 messages = Table(
     "messages",
     metadata,
-    Column("id", Text, primary_key=True),  # "v1:" + sha256, see chain.py
+    Column("id", Text, primary_key=True),  # "v1:" + place + "-" + sha256, see chain.py
     Column("parent", Text),  # NULL: the first message of a conversation
     Column("role", Text, nullable=False),
     Column("content", PackedJson, nullable=False),  # all of the message as its first writer had it

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, LargeBinary, func, select, type_coerce
 
 from metaclaw_core.errors import StoreError
-from metaclaw_core.store.chain import blob_id, message_id, unpack_message
+from metaclaw_core.store.chain import blob_id, rederived, unpack_message
 from metaclaw_core.store.tables import blobs, messages, turns
 from metaclaw_core.store.types import unpack
 
@@ -49,7 +49,7 @@ def verify(connection: Connection) -> VerifyReport:
     for row in connection.execution_options(yield_per=200).execute(every):
         examined += 1
         try:
-            derived = message_id(row.parent, unpack_message(row.role, unpack(bytes(row.content))))
+            derived = rederived(row.id, row.parent, unpack_message(row.role, unpack(bytes(row.content))))
         except (KeyError, TypeError, ValueError, StoreError) as e:
             problems.append(f"message {row.id} can't be read: {type(e).__name__}: {e}")
             continue

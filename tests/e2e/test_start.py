@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from e2e_tools import Proxy, environment, free_port, wait_for_port
 from live_tools import GIT, chat, control, descendants, eventually, kit, post, prepare  # noqa: F401 - kit is a fixture
@@ -63,6 +64,7 @@ def test_it_serves_llm_hosts_and_passes_others_with_their_own_certificate(tmp_pa
                 assert plain.received[-1].body.count(b"<metaclaw-skills>") == 1
                 assert issuer(proxy, secret.port, kit.ca, ca) == "upstream"
                 assert control(proxy)["listen"] == [f"127.0.0.1:{proxy.port}"]
+                assert psutil.Process(proxy.process.pid).cmdline()[1] == "-O"  # the process that was started, in its stead
             assert proxy.process.returncode == 0
             with started(tmp_path, kit, "--set", "metaclaw_hosts=[localhost]") as proxy:
                 assert issuer(proxy, secret.port, kit.ca, ca) == "mitmproxy"
@@ -77,6 +79,13 @@ def test_it_serves_llm_hosts_and_passes_others_with_their_own_certificate(tmp_pa
     (proxy.home / "skills.index").chmod(0o600)  # copied here by this test
     for path in proxy.home.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_with_no_lean_mitmproxy_checks_itself_as_ever(tmp_path, kit):  # noqa: F811
+    with ScriptedLLM() as llm, started(tmp_path, kit, "--no-lean") as proxy:
+        post(llm.url + "/v1/chat/completions", chat(GIT), proxy)
+        assert llm.received[-1].body.count(b"<metaclaw-skills>") == 1
+        assert "-O" not in psutil.Process(proxy.process.pid).cmdline()
 
 
 def test_a_taken_port_and_a_bad_option_are_one_sentence_each(tmp_path, metaclaw):

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaclaw_core.model import Message, Opaque, Part, Reasoning, Role, Text, ToolCall, ToolResult
-from metaclaw_core.store.chain import chain_ids, message_id, pack_message, redact_message, unpack_message
+from metaclaw_core.store.chain import (
+    chain_ids,
+    message_id,
+    pack_message,
+    redact_message,
+    rederived,
+    unpack_message,
+    unplaced,
+)
 from metaclaw_core.store.types import pack, unpack
 
 
@@ -25,9 +33,9 @@ def test_an_id_is_a_fixed_function_of_parent_role_and_content() -> None:
     """If these change, every stored id is wrong and the prefix has to change. Made with sha256sum over
     ``0:4:user4:text5:hello`` and ``67:v1:…9:assistant4:text3:so:4:call4:read17:json {"path":"a"}``."""
     hello = message_id(None, user(Text("hello")))
-    assert hello == "v1:dc133745218de2daadab22e212550522fc2ceb7ea46265b6920bc95f3dc58ff7"
+    assert hello == "v1:dc133745-dc133745218de2daadab22e212550522fc2ceb7ea46265b6920bc95f3dc58ff7"
     call = assistant(Text("so:"), ToolCall("read", '{"path": "a"}', "call_1"))
-    assert message_id(hello, call) == "v1:e5fcc9756cdebdeb2bf427d6267a4018b17a85e5416971e6502549ab428766e4"
+    assert message_id(hello, call) == "v1:dc133745-e5fcc9756cdebdeb2bf427d6267a4018b17a85e5416971e6502549ab428766e4"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,36 @@ def test_what_a_client_may_change_makes_no_difference(one: Message, other: Messa
 )
 def test_what_changes_the_conversation_changes_the_id(one: Message, other: Message) -> None:
     assert message_id(None, one) != message_id(None, other)
+
+
+def test_a_conversations_ids_stand_together_whatever_system_prompt_it_shares() -> None:
+    """Hashes lie anywhere, and a large index is written a page for each of them."""
+    system, developer = Message(Role.SYSTEM, (Text("rules"),)), Message(Role.DEVELOPER, (Text("more"),))
+    history = [system, developer, *(m for n in range(20) for m in (user(Text(f"q{n}")), assistant(Text(f"a{n}"))))]
+    ids = chain_ids(history)
+    assert {i[:12] for i in ids[:2]} == {"v1:00000000-"}
+    places = {i[:12] for i in ids[2:]}
+    assert places == {f"v1:{ids[2][12:20]}-"}
+    forked = chain_ids([*history[:10], user(Text("other")), system])
+    assert {i[:12] for i in forked[2:]} == places
+    assert chain_ids([system, developer, user(Text("Hello"))])[2][:12] not in places
+
+
+def test_what_follows_an_id_without_a_place_has_none_and_the_hash_is_the_same() -> None:
+    history = [Message(Role.SYSTEM, (Text("rules"),)), user(Text("hello")), assistant(Text("hi"))]
+    ids = chain_ids(history)
+    old = ["v1:" + i[12:] for i in ids]
+    assert [unplaced(i) for i in ids] == old == [unplaced(i) for i in old]
+    assert chain_ids(history[1:], old[0]) == old[1:]
+    parents = [None, *old]
+    assert [rederived(i, parent, m) for i, parent, m in zip(old, parents, history, strict=False)] == old
+    assert [rederived(i, parent, m) for i, parent, m in zip(ids, [None, *ids], history, strict=False)] == ids
+
+
+def test_a_place_that_is_not_the_conversations_own_is_found() -> None:
+    system, hello = chain_ids([Message(Role.SYSTEM, (Text("rules"),)), user(Text("hello"))])
+    moved = f"v1:12345678-{hello[12:]}"
+    assert rederived(moved, system, user(Text("hello"))) == hello != moved
 
 
 def test_an_id_stands_for_everything_before_it() -> None:
