@@ -20,24 +20,29 @@ from pathlib import Path
 from metaclaw_core.settings import home
 
 _DONT_WRITE = "PYTHONDONTWRITEBYTECODE"
-_FOLDER = "metaclaw-compiled"
+COMPILED = "metaclaw-compiled"
 
 
 def optimise() -> None:
     """This very command once more, under ``-O``; returns where that is done or can't be."""
     environment = dict(os.environ)  # noqa: TID251 - Python's own setting, for Python
     if sys.flags.optimize:
-        if (sys.pycache_prefix or "").endswith(_FOLDER):  # it was taken from this process, which writes there; not from its children
+        if (sys.pycache_prefix or "").endswith(COMPILED):  # it was taken from this process, which writes there; not from its children
             os.environ.setdefault(_DONT_WRITE, "1")  # noqa: TID251
         return
     never = sys.flags.dont_write_bytecode and _DONT_WRITE not in environment
     if never or os.name != "posix" or not sys.executable or getattr(sys, "frozen", False):
         return
-    kept = compiled_folder("mitmproxy", (Path(sys.prefix) / "var", home()))
+    kept = compiled_folder("mitmproxy", (environment_folder(), home()))
     if kept is not None:
         environment.pop(_DONT_WRITE, None)
+        os.umask(0o077)  # as the proxy would a moment later: what is compiled may lie in METACLAW_HOME
         flags = ["-O", *(["-X", f"pycache_prefix={kept}"] if kept else [])]
-        os.execve(sys.executable, [sys.orig_argv[0], *flags, *sys.orig_argv[1:]], environment)  # noqa: S606
+        os.execve(sys.executable, [sys.executable, *flags, *sys.orig_argv[1:]], environment)  # noqa: S606
+
+
+def environment_folder() -> Path:
+    return Path(sys.prefix) / "var"
 
 
 def compiled_folder(package: str, elsewhere: Iterable[Path]) -> Path | str | None:
@@ -49,7 +54,7 @@ def compiled_folder(package: str, elsewhere: Iterable[Path]) -> Path | str | Non
     beside = Path(importlib.util.cache_from_source(found.origin, optimization=1))
     if beside.exists() or (not sys.dont_write_bytecode and os.access(_existing(beside.parent), os.W_OK)):
         return ""
-    return next((folder / _FOLDER for folder in elsewhere if os.access(_existing(folder), os.W_OK)), None)
+    return next((folder / COMPILED for folder in elsewhere if os.access(_existing(folder), os.W_OK)), None)
 
 
 def _existing(folder: Path) -> Path:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import click
 
+from metaclaw_core.cli.optimised import COMPILED, environment_folder
 from metaclaw_core.cli.wire import YES, carry_out, undo_all
 from metaclaw_core.errors import ConfigError, MetaClawError
 from metaclaw_core.settings import Settings, home, load_settings
 
 _OURS = (
     *("config.yaml", "wirings.json", "wire", "ca", "mitmproxy", "spool", "run", "logs", "principal.key", "engine"),
-    *("store.db", "store.db-wal", "store.db-shm", "skills.index"),
+    *("store.db", "store.db-wal", "store.db-shm", "skills.index", COMPILED),
 )
 _GRACE = 60.0
 _WORKER_SECONDS = 15.0
@@ -71,7 +72,8 @@ def command(skills: bool, grace: float, dry_run: bool, yes: bool) -> None:
 
 
 def _present(here: Path, skills: bool) -> list[Path]:
-    return [here / name for name in (*_OURS, *(("skills",) if skills else ())) if (here / name).exists()]
+    names = (*_OURS, *(("skills",) if skills else ()))
+    return [path for path in (*(here / name for name in names), environment_folder() / COMPILED) if path.exists()]
 
 
 def _stays(here: Path, skills: bool) -> list[str]:

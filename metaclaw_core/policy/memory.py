@@ -1,8 +1,8 @@
 """What was said before: the sampled tokens of a session's replies, and the conversation behind a response id.
 
 Design: read from memory, else from the policy's file, else (conversations only) from the store, which also knows the
-answers that an upstream gave. Everything on disk is done by one thread of its own, so the event loop never waits. In
-memory a reply that held a secret is still known, on disk it is not.
+answers that an upstream gave. The file has a thread of its own, and the store another, so the event loop never waits, nor
+does an answer for a store that is locked. In memory a reply that held a secret is still known, on disk it is not.
 
 Limits: memory holds the last `SESSIONS` sessions; the store is a few seconds behind, so a conversation that is not found
 is looked for again for `PATIENCE` seconds.
@@ -62,16 +62,18 @@ class Memory:
         self._target = store_target
         self._store: Store | None = None
         self._thread = ThreadPoolExecutor(1, "metaclaw-file")
+        self._store_thread = ThreadPoolExecutor(1, "metaclaw-store")
         self._sessions: OrderedDict[str, SessionTokens] = OrderedDict()
         self._conversations: OrderedDict[tuple[str, str], tuple[Message, ...]] = OrderedDict()
         self._forgotten = self._file.forgotten()
 
     async def close(self) -> None:
-        await self._off(self._close)
+        await self._off(self._file.close)
+        await asyncio.get_running_loop().run_in_executor(self._store_thread, self._close_store)
         self._thread.shutdown(wait=False)
+        self._store_thread.shutdown(wait=False)
 
-    def _close(self) -> None:
-        self._file.close()
+    def _close_store(self) -> None:
         if self._store is not None:
             self._store.close()
 
@@ -100,7 +102,8 @@ class Memory:
             return Past(own, ours=True)
         for wait in (0.0, *[_PAUSE] * int(PATIENCE / _PAUSE)):
             await asyncio.sleep(wait)
-            if (found := await self._off(self._from_store, principal, response_id)) is not None:
+            work = asyncio.get_running_loop().run_in_executor(self._store_thread, self._from_store, principal, response_id)
+            if (found := await work) is not None:
                 return Past(found, ours=False)
         return None
 

@@ -97,7 +97,7 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins no transaction of its own
-        # Ids are random, so a batch touches pages all over a large file: a checkpoint every 16 MB of log writes each of them
+        # Some keys are hashes, so a batch touches pages all over a large file: a checkpoint every 16 MB of log writes each of them
         # less often than one every 4 MB. Measured at a million turns: ingest at 0.87 of an empty store's rate, not 0.76 (while
         # an exchange took the processor three times as long as now; 32 and 64 MB change nothing).
         for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "journal_size_limit=67108864", "wal_autocheckpoint=4000"):
