@@ -6,19 +6,28 @@
 
 The turns are copies: one session of 40 exchanges of an agent is really taken in, then its rows are inserted again and again,
 each time with another first message of the human, and so with hashes of their own all along the chain (`metaclaw store
-verify` finds nothing wrong). So rows, indexes and pages have the shape and the order that real ones have: ids are random,
+verify` finds nothing wrong). So rows, indexes and pages have the shape and the order that real ones have: keys are hashes,
 times follow each other.
 
 Times are of two kinds. *in process* is what the query takes on an open store: the bars are for these. *command* is the
 whole `metaclaw …` with the start of Python. Bars: a session's turns < 50 ms, what `status` reads of the store < 200 ms,
 ingest ≥ 0.8 × an empty store's (rounds of both in turns). Exit status 1 where one is broken.
 
-The bar of ingest is missed since an exchange takes a third of the processor that it took: with 250,000 turns 820 exchanges a
-second, 1,170 into an empty store, 0.73 (before: 415, 461, 0.90; load average 4). What grows with the store did not change, about
-0.2 ms of processor and 0.2 ms of disk an exchange, for index pages that are anywhere in the file: most of it in the commit.
+With 1,000,000 turns (5.1 GB; two cores that others used as well, load average 5.5) a session's turns take 3.4 ms, what
+`status` reads 162 ms (83,000 of the turns are of today), a claim 1.0 ms; 643 exchanges a second, 619 into an empty store:
+0.96. In the run that had just made the store, at load average 8: 17 ms, 647 ms, 7 ms; 506, 409: 0.90 (the median is of the
+rounds' ratios). With 250,000 turns at load average 6: 1.5 ms, 112 ms; 1,030, 1,170: 0.89.
 
-Limits: no proxy runs here, so `status` is measured as the part that grows with the store. The file has just been written and
-lies in the page cache, as that of a machine that works with it would.
+What grows with the store is the number of index pages that an exchange dirties somewhere in the file; each is written to the
+log and then again by a checkpoint. While the ids of messages were nothing but hashes, an exchange dirtied 13.3 different pages
+(6.5 of the index of messages, 1.2 and 1.4 of those of a turn's tips); since a conversation's ids stand together
+(`store.chain`) it dirties 4.6. Both on the same file of a million turns, alternately, at load average 4: 0.78 and 0.93. What is
+left are two keys that are hashes still, a turn's content key and its turn id, a page or more each. A larger cache and mmap
+changed nothing.
+
+Limits: no proxy runs here, so `status` is measured as the part that grows with the store. The file should lie in the page
+cache, as that of a machine that works with it does: one of 250,000 turns that had dropped out of it gave 0.66 to 0.75, and
+0.86 to 0.95 once it had been read.
 """
 
 from __future__ import annotations
@@ -47,8 +56,8 @@ from bench_homes import environment  # noqa: E402
 from bench_ingest import session  # noqa: E402
 
 from metaclaw_core.cli import status  # noqa: E402
-from metaclaw_core.model import Exchange, Message, Text  # noqa: E402
-from metaclaw_core.store.chain import canonical_pieces, pack_message, unpack_message  # noqa: E402
+from metaclaw_core.model import Exchange, Message, Role, Text  # noqa: E402
+from metaclaw_core.store.chain import canonical_pieces, linked_id, pack_message, unpack_message  # noqa: E402
 from metaclaw_core.store.db import open_store  # noqa: E402
 from metaclaw_core.store.rollouts import Store  # noqa: E402
 from metaclaw_core.store.types import pack, unpack  # noqa: E402
@@ -96,7 +105,7 @@ class Pattern:
 
     session: dict[str, Any]
     messages: list[dict[str, Any]]  # parents before children; the first is the system prompt, the second the human's
-    hashed: list[bytes]  # what of each message goes into its hash, but for the parent
+    hashed: list[list[bytes]]  # of each message, its `canonical_pieces`
     first: Message  # that of the human
     turns: list[dict[str, Any]]
 
@@ -112,16 +121,15 @@ class Pattern:
             rows += below
             waiting += [row["id"] for row in below]
         said = [unpack_message(row["role"], unpack(row["content"])) for row in rows]
-        made = cls(dict(db.execute("SELECT * FROM sessions").fetchone()), rows, [hashed(m) for m in said], said[1], [dict(r) for r in db.execute("SELECT * FROM turns ORDER BY id")])
+        made = cls(dict(db.execute("SELECT * FROM sessions").fetchone()), rows, [canonical_pieces(m) for m in said], said[1], [dict(r) for r in db.execute("SELECT * FROM turns ORDER BY id")])
         assert all(old == new for old, new in made.ids(made.hashed).items()), "the hashes are made otherwise now"
         return made
 
-    def ids(self, hashes: list[bytes]) -> dict[str | None, str | None]:
-        """Old id → new id, where the messages are what `hashes` says."""
+    def ids(self, hashed: list[list[bytes]]) -> dict[str | None, str | None]:
+        """Old id → new id, where the messages are what `hashed` says."""
         new: dict[str | None, str | None] = {None: None}
-        for row, own in zip(self.messages, hashes, strict=True):
-            parent = (new[row["parent"]] or "").encode()
-            new[row["id"]] = "v1:" + sha256(b"%d:%b%b" % (len(parent), parent, own)).hexdigest()
+        for row, pieces in zip(self.messages, hashed, strict=True):
+            new[row["id"]] = linked_id(new[row["parent"]], Role(row["role"]), pieces)
         return new
 
     def copy(self, number: int, at: float) -> dict[str, list[dict[str, Any]]]:
@@ -131,7 +139,7 @@ class Pattern:
             return sha256(f"{number} {old}".encode()).hexdigest()[:size]
 
         first = replace(self.first, parts=(Text(f"{self.first.text} ({number})"),))
-        new_id = self.ids([self.hashed[0], hashed(first), *self.hashed[2:]])
+        new_id = self.ids([self.hashed[0], canonical_pieces(first), *self.hashed[2:]])
         messages = [{**row, "id": new_id[row["id"]], "parent": new_id[row["parent"]]} for row in self.messages[1:]]
         messages[0]["content"] = pack(pack_message(first))
         session = named(self.session["id"], 32)
@@ -149,11 +157,6 @@ class Pattern:
             del turns[-1]["id"]
         name = {"id": session, "session_id": f"session-{number}", "first_at": at, "last_at": at + TURNS_A_SESSION}
         return {"sessions": [self.session | name], "messages": messages, "turns": turns}
-
-
-def hashed(message: Message) -> bytes:
-    """As `chain.message_id` has it."""
-    return b"".join(b"%d:%b" % (len(piece), piece) for piece in (message.role.value.encode(), *canonical_pieces(message)))
 
 
 # --- times ----------------------------------------------------------------------------------------
