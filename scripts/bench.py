@@ -17,7 +17,7 @@ cost    5, 60, 400 kB, http and https, one at a time, JSON: CPU and latency of a
 stream  60 kB: time to the first token, and how late the tokens are
 crowd   16 and 64 at a time: throughput, CPU
 skills  0, the built-in, 1,000 and 10,000 skills at 60 kB
-busy    p99 while the worker scores, and while it writes skills, against a proxy whose worker only takes in (`BUSY`)
+busy    p99 while the worker scores, writes skills, and trains, against a proxy whose worker only takes in (`BUSY`)
 
 Limits: `busy` has the worker beside client, proxy and upstream; where fewer cores than that are free it shows how the
 system shares them: the load is in the JSON. Without ../shared/bench (or METACLAW_SHARED) this says so; exit status 2.
@@ -40,7 +40,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ sys.path[:0] = [str(ROOT), str(SCRIPTS)]
 from bench_busy import BUSY, Busy, BusyLLM  # noqa: E402
 from bench_homes import BUILT_IN, config, skills_home  # noqa: E402
 from bench_proxy import harness  # noqa: E402
+from tiny_engine import TinyEngine  # noqa: E402
 
 JSON = ROOT / "docs" / "bench.json"
 SIZES = (0, BUILT_IN, 1_000, 10_000)
@@ -204,32 +205,46 @@ def busy(bench: Bench, rounds: int) -> dict[str, Cell]:
     bench.start("idle", skills_home(bench.folder, BUILT_IN, name="idle"))
     cells = {}
     for case in BUSY:
+        if (lacks := case.missing()) is not None:
+            print(f"# busy: {case.name} is left out: {lacks}", file=sys.stderr, flush=True)
+            continue
         try:
-            cells[case.name] = busy_case(bench, case, llm, rounds)
+            with beside(bench, case) as engine:
+                cells[case.name] = busy_case(bench, case, llm, engine, rounds)
         except NotBusy as e:
             print(f"# busy: {e}", file=sys.stderr, flush=True)
     return cells
 
 
-def busy_case(bench: Bench, case: Busy, llm: BusyLLM, rounds: int) -> Cell:
+def beside(bench: Bench, case: Busy) -> AbstractContextManager[TinyEngine | None]:
+    if case.engine is None:
+        return nullcontext()
+    folder = bench.folder / f"engine-{case.name}"
+    folder.mkdir()
+    return case.engine(folder)
+
+
+def busy_case(bench: Bench, case: Busy, llm: BusyLLM, engine: TinyEngine | None, rounds: int) -> Cell:
     home = bench.folder / f"home-{case.name}"
     home.mkdir(mode=0o700)
-    (home / "config.yaml").write_text(config(case.settings(llm.port)))
+    (home / "config.yaml").write_text(config(case.settings(llm.port, engine)))
     skills_home(bench.folder, BUILT_IN, home=home)
     case.fill(home)
     name = f"busy-{case.name}"
     bench.start(name, home)
     variant = bench.variants[name]
-    load = bench.load(kb=60, requests=300)
+    load = bench.load(kb=60, requests=case.requests)
     halves: dict[str, list[dict[str, Any]]] = {"idle": [], "busy": [], "idle again": []}
     with variant.awake():
-        wait_for(f"the worker's first {case.name}", lambda: case.progress(home) > 0, 60)
+        wait_for(f"the worker's first {case.name}", lambda: case.progress(home) > 0, 120)
+    if engine is not None:
+        engine.sleep()
     done = 0
     for number in range(rounds):
         order = ("idle", "busy", "idle again")
         for half in order if number % 2 == 0 else reversed(order):
             before = case.progress(home)
-            result = measured_with(bench, variant if half == "busy" else bench.variants["idle"], load)
+            result = measured_with(bench, variant, load, engine) if half == "busy" else measured_with(bench, bench.variants["idle"], load)
             halves[half].append(result)
             done += case.progress(home) - before if half == "busy" else 0
     rows: Cell = {}
@@ -244,21 +259,28 @@ def busy_case(bench: Bench, case: Busy, llm: BusyLLM, rounds: int) -> Cell:
                 row[f"x_{metric.removesuffix('_ms')}"] = round(statistics.median(r[metric] / b for r, b in zip(results, beside, strict=True)), 3)
         rows[half] = row
     rows["busy"]["done"] = done
-    said(f"busy: {case.name} ({done} {case.unit} meanwhile)", rows)
+    meanwhile = f"{done} {case.unit} meanwhile"
+    if engine is not None:
+        rows["busy"]["engine_share"] = share = round(statistics.mean(r["engine_share"] for r in halves["busy"]), 2)
+        meanwhile += f", the engine on {share:.0%} of a core"
+    said(f"busy: {case.name} ({meanwhile})", rows)
     return rows
 
 
-def measured_with(bench: Bench, variant: Any, load: Any) -> dict[str, Any]:
-    """A round of one proxy with its children; what they had put off while they slept is not the round's."""
+def measured_with(bench: Bench, variant: Any, load: Any, engine: TinyEngine | None = None) -> dict[str, Any]:
+    """A round of one proxy with its children, and its engine; what they had put off while they slept is not the round's."""
     import asyncio
 
     target = variant.target("http", bench.compare.DIALECTS[load.api].host, bench.upstream)
-    with variant.awake():
+    with variant.awake(), engine.awake() if engine is not None else nullcontext():
         time.sleep(0.3)
         before = sum(variant.process.cpu_times()[:2])
+        began, engine_before = time.monotonic(), engine.cpu_seconds() if engine is not None else 0.0
         result: dict[str, Any] = asyncio.run(bench.compare.measure(target, load))
         time.sleep(0.1)
         result["cpu_ms"] = 1000 * (sum(variant.process.cpu_times()[:2]) - before) / result["served"]
+        if engine is not None:
+            result["engine_share"] = (engine.cpu_seconds() - engine_before) / (time.monotonic() - began)
     return result
 
 
@@ -293,7 +315,7 @@ def verdicts(parts: dict[str, dict[str, Cell]]) -> list[dict[str, Any]]:
             if int(name.split()[0]) in sizes:
                 out.append(_verdict(f"{variant} {metric}", name, cell[variant].get(metric), limit))
     for case in BUSY if "busy" in parts else ():
-        if case.name not in parts["busy"]:
+        if case.name not in parts["busy"] and case.missing() is None:
             out.append(_verdict("p99 busy / idle", case.name, None, BUSY_BAR))
     for name, cell in parts.get("busy", {}).items():
         out.append(_verdict("p99 busy / idle", name, cell["busy"]["x_p99"], BUSY_BAR))

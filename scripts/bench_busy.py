@@ -4,6 +4,12 @@ A kind of work is added by writing its `Busy`: the settings that switch it on, a
 It must have enough to do for the whole measurement, and report how much it did: a ratio beside an idle worker says nothing.
 
 The LLM that judges and writes is scripted, takes 50 ms and never fails; it runs in a process of its own.
+
+Training is mode rl with all that belongs to it: the policy server, the worker that trains, and a real ``metaclaw engine`` (one
+thread, a tiny model) that sleeps and wakes with them. The requests that are measured are passed on to their upstream as in the
+other cases, by a warm-up that does not end (`rl.warmup_turns`): none is routed to the policy server, whose answers would take as
+long as the model does. Each step is the worker's own, from the claim to the checks; it takes about as long as the worker's timer
+leaves between two, and a round is longer than of the other cases. How much of a core the engine used in the rounds is reported, too.
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ from typing import Any, Self
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from bench_homes import environment  # noqa: E402
 from bench_judge import exchanges, fill  # noqa: E402
+from tiny_engine import TinyEngine, answers, missing, write_tiny  # noqa: E402
 
 from metaclaw_core.model import Exchange  # noqa: E402
 from metaclaw_core.store.db import open_store  # noqa: E402
@@ -37,9 +45,12 @@ SCORED_TURNS, EVOLVED_SESSIONS = 6_000, 1_500
 class Busy:
     name: str
     unit: str  # of what is done
-    settings: Callable[[int], dict[str, Any]]  # port of the scripted LLM → config.yaml
+    settings: Callable[[int, TinyEngine | None], dict[str, Any]]  # port of the scripted LLM, engine → config.yaml
     fill: Callable[[Path], None]  # give a home's worker its work
     progress: Callable[[Path], int]  # how much of it is done
+    engine: Callable[[Path], TinyEngine] | None = None  # what makes the engine it needs beside the home, in an empty folder
+    missing: Callable[[], str | None] = lambda: None  # why it can't be measured here
+    requests: int = 300  # of a round
 
 
 def count(home: Path, rows: str) -> int:
@@ -52,12 +63,23 @@ def _llm(port: int) -> dict[str, Any]:
     return {"api_base": f"http://127.0.0.1:{port}/v1", "model_id": "busy", "daily_token_budget": None}
 
 
-def _scoring(port: int) -> dict[str, Any]:
+def _scoring(port: int, _: TinyEngine | None) -> dict[str, Any]:
     return {"llm": _llm(port), "skills": {"auto_evolve": False}}
 
 
-def _evolving(port: int) -> dict[str, Any]:
+def _evolving(port: int, _: TinyEngine | None) -> dict[str, Any]:
     return {"llm": _llm(port), "judge": {"enabled": False}}
+
+
+def _training(_: int, engine: TinyEngine | None) -> dict[str, Any]:
+    """The weights hardly move, so that every answer stays good to learn from."""
+    assert engine is not None
+    rl = {"lora_rank": 8, "batch_size": 32, "min_sessions": 4, "learning_rate": 1e-7, "support_share": 0, "max_staleness": 1_000_000, "warmup_turns": 1_000_000_000}
+    return {"mode": "rl", "rl": rl | engine.settings, "judge": {"enabled": False}, "skills": {"auto_evolve": False}}
+
+
+def _engine(folder: Path) -> TinyEngine:
+    return TinyEngine(write_tiny(folder / "model", layers=4, hidden=128, intermediate=512), folder / "engine")
 
 
 def _to_score(home: Path) -> None:
@@ -70,6 +92,10 @@ def _to_evolve(home: Path) -> None:
         made = [conversation(number, time.time() - 7200 + number) for number in range(EVOLVED_SESSIONS)]
         for at in range(0, len(made), 100):
             store.ingest(made[at : at + 100])
+
+
+def _to_train_on(home: Path) -> None:
+    answers(home, environment(home))
 
 
 def conversation(number: int, at: float) -> Exchange:
@@ -127,7 +153,7 @@ class BusyLLM:
 BUSY: tuple[Busy, ...] = (
     Busy("scoring", "turns", _scoring, _to_score, lambda home: count(home, "turns WHERE state = 'scored'")),
     Busy("evolving", "sessions", _evolving, _to_evolve, lambda home: count(home, "segments WHERE state = 'done'")),
-    # The case of training goes here.
+    Busy("training", "steps", _training, _to_train_on, lambda home: count(home, "steps WHERE state = 'routed'"), _engine, missing, 600),
 )
 
 

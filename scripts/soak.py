@@ -2,12 +2,17 @@
 
     scripts/soak --minutes 60 --turns 1000000      # the long form: an hour on a store of a million turns
     scripts/soak --minutes 5
+    scripts/soak --minutes 30 --mode rl            # and with a policy server, a trainer and an engine
     .venv/bin/python scripts/soak.py --short       # what the test-suite runs: every fault once, under a minute
 
 A real `metaclaw start` with its worker and a judge, clients in all five dialects, slow-loris clients, bodies of captures that
 were damaged, bodies of 64 MB. Beside that one fault after the other, in random order, with a pause between them (`FAULTS`).
 A proxy that was killed is started again, as a service manager would. At the end everything is stopped in order and
 check_invariants.py, a program of its own, compares what the clients wrote down with the store.
+
+In mode rl most requests go to the policy server, a worker trains on what was scored of its answers, and both ask a real ``metaclaw
+engine`` with a tiny model. Policy server and engine are killed and stopped as well (`RL_FAULTS`); at the end the one must serve and
+the other train again.
 
 What a kill may take along: requests that were under way, and exchanges whose answer was complete less than a moment before
 (``--margin``), since the proxy commits every 20 ms and answers without waiting for it.
@@ -46,6 +51,7 @@ sys.path[:0] = [str(ROOT), str(SCRIPTS)]
 
 from bench_homes import config, environment, skills_home  # noqa: E402
 from soak_load import Journal, Load, captured_bodies  # noqa: E402
+from tiny_engine import TinyEngine, missing, quiet, write_tiny  # noqa: E402
 
 from metaclaw_core.proxy.control import RunningProxy, call, running_proxies  # noqa: E402
 
@@ -60,8 +66,9 @@ time.time = lambda: _real() + struct.unpack("d", _offset[:8])[0]
 
 
 class Soak:
-    def __init__(self, folder: Path, seed: int, short: bool) -> None:
-        self.folder, self.short = folder, short
+    def __init__(self, folder: Path, seed: int, short: bool, rl: bool = False) -> None:
+        self.folder, self.short, self.rl = folder, short, rl
+        self.engine: TinyEngine | None = None
         self.home = folder / "home"
         self.chance = random.Random(seed)
         self.journal = Journal(folder / "journal.jsonl")
@@ -84,15 +91,24 @@ class Soak:
             from bench_store import make
 
             make(self.home, turns)
+            if self.rl:  # the oldest are scored first: these would take all of the judge's time, and nothing be trained on
+                with closing(sqlite3.connect(self.home / "store.db")) as db, db:
+                    db.execute("UPDATE turns SET state = 'skipped', reason = '\"made for the soak\"' WHERE state = 'captured'")
         self.home.mkdir(mode=0o700, exist_ok=True)
         llm = {"api_base": f"http://127.0.0.1:{self.llm_port}/v1", "model_id": "judge", "daily_token_budget": None}
-        settings = {"llm": llm, "judge": {"timeout_seconds": 1, "patience": 1}, "skills": {"dir": str(self.home / "skills")}}
+        settings: dict[str, Any] = {"llm": llm, "judge": {"timeout_seconds": 1, "patience": 1}, "skills": {"dir": str(self.home / "skills")}}
+        if self.rl:
+            self.engine = TinyEngine(write_tiny(self.folder / "model", layers=1, context=4096, vocab_size=2048), self.folder / "engine")
+            self.engine.start()
+            rl = {"lora_rank": 4, "batch_size": 8, "min_sessions": 2, "learning_rate": 1e-4, "max_staleness": 8, "support_share": 0, "warmup_turns": 0}
+            settings |= {"mode": "rl", "rl": rl | self.engine.settings, "policy": {"first_segment_timeout": 4, "max_tokens": 64}}
+            settings["judge"] |= {"votes": 1}
         (self.home / "config.yaml").write_text(config(settings))
         skills_home(self.folder, 0, home=self.home)
 
     def start_proxy(self) -> None:
         command = [str(Path(sys.executable).with_name("metaclaw")), "start", "--port", str(self.port), "--set", f"confdir={self.folder / 'ca'}"]
-        variables = environment(self.home) | {"SOAK_CLOCK": str(self.clock), "PYTHONPATH": os.pathsep.join(filter(None, [str(self.folder / "site"), os.environ.get("PYTHONPATH")]))}
+        variables = quiet(environment(self.home)) | {"SOAK_CLOCK": str(self.clock), "PYTHONPATH": os.pathsep.join(filter(None, [str(self.folder / "site"), os.environ.get("PYTHONPATH")]))}
         with (self.folder / "proxy.log").open("ab") as log:
             self.proxy = subprocess.Popen([*unprivileged(), *command], env=variables, stdout=log, stderr=subprocess.STDOUT)
 
@@ -116,6 +132,48 @@ class Soak:
                         return status
             time.sleep(0.1)
         raise SystemExit(f"the proxy is not back after {seconds:.0f} s; see {self.folder / 'proxy.log'}")
+
+    def child(self, name: str) -> int | None:
+        """The process id of the proxy's child of that name."""
+        with suppress(OSError, ValueError):
+            if (running := self.control()) is not None:
+                return next((child["pid"] for child in call(running, "status", 5)["children"] if child["name"] == name), None)
+        return None
+
+    def routes(self, seconds: float) -> bool:
+        """Wait until the policy server answers; does it?"""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with suppress(OSError, ValueError):
+                if (running := self.control()) is not None:
+                    route = call(running, "status", 5)["route"]
+                    if route and route["ready"] and route["enabled"] and route["breaker"] == "closed":
+                        return True
+            time.sleep(0.2)
+        return False
+
+    def examined(self, seconds: float) -> bool:
+        """Wait until the judge has passed its examination, as anybody's has who trains; has it?"""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with closing(sqlite3.connect(f"file:{self.home / 'store.db'}?mode=ro", uri=True, timeout=30)) as db:
+                if db.execute("SELECT 1 FROM health WHERE ok").fetchone():
+                    return True
+            time.sleep(0.5)
+        return False
+
+    def steps(self) -> int:
+        """That were made to their end."""
+        with closing(sqlite3.connect(f"file:{self.home / 'store.db'}?mode=ro", uri=True, timeout=30)) as db:
+            return int(db.execute("SELECT count(*) FROM steps WHERE state IN ('routed', 'rejected')").fetchone()[0])
+
+    def recovered(self) -> dict[str, Any]:
+        """After all: whether it serves again, and whether a further step is made."""
+        serves, before = self.routes(180), self.steps()
+        deadline = time.monotonic() + 180
+        while self.steps() == before and time.monotonic() < deadline:
+            time.sleep(1)
+        return {"serves": serves, "steps": self.steps(), "trains": self.steps() > before}
 
     def flush(self) -> None:
         """After a fault of the disk: until everything that waited in memory is on it."""
@@ -147,6 +205,8 @@ class Soak:
             except subprocess.TimeoutExpired:
                 self.proxy.kill()
                 self.proxy.wait()
+        if self.engine is not None:
+            self.engine.kill()
         assert self.llm.stdin is not None
         self.llm.stdin.close()
         self.llm.wait(10)
@@ -229,15 +289,48 @@ class Soak:
         self.flush()
 
     def stopped(self) -> None:
-        """The worker stands still for a while, as on a machine that swaps."""
-        pids = self.family()[:1]
+        """The worker, or the policy server, stands still for a while, as on a machine that swaps."""
+        self.stand_still(self.family()[:1], 1.0, 15.0)
+
+    def stand_still(self, pids: list[int], short: float, long: float) -> None:
+        begun = time.time()
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
-        self.pause(1.0, 15.0)
+        self.pause(short, long)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+        if self.rl:  # the policy server's requests hang that long; the worker has none
+            self.journal.write(stopped_from=begun, stopped_to=time.time())
+
+    def kill_policy(self) -> None:
+        if (pid := self.child("policy")) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.routes(60)
+
+    def kill_engine(self) -> None:
+        """And start it again, at once or after a while."""
+        assert self.engine is not None
+        self.engine.kill()
+        self.pause(1.0, self.chance.choice((0.5, 15.0)))
+        self.engine.start()
+        self.routes(60)
+
+    def stop_engine(self) -> None:
+        """It takes requests and says nothing."""
+        assert self.engine is not None
+        self.engine.sleep()
+        self.pause(4.0, 20.0)
+        self.engine.wake()
+        self.routes(60)
+
+    def stop_policy(self) -> None:
+        """For a moment that its heartbeat does not show, or for longer."""
+        if (pid := self.child("policy")) is not None:
+            self.stand_still([pid], 1.5, self.chance.choice((1.5, 12.0)))
+        self.routes(60)
 
 
 FAULTS: dict[str, tuple[int, Callable[[Soak], None]]] = {  # name → (how often beside the others, what is done)
@@ -249,6 +342,13 @@ FAULTS: dict[str, tuple[int, Callable[[Soak], None]]] = {  # name → (how often
     "clock jumps": (2, Soak.clock_jump),
     "no file descriptors": (1, Soak.descriptors),
     "worker stopped": (1, Soak.stopped),
+}
+
+RL_FAULTS: dict[str, tuple[int, Callable[[Soak], None]]] = {
+    "policy server killed": (4, Soak.kill_policy),
+    "engine killed": (3, Soak.kill_engine),
+    "engine stopped": (3, Soak.stop_engine),
+    "policy server stopped": (2, Soak.stop_policy),
 }
 
 
@@ -284,23 +384,30 @@ def free_port() -> int:
 
 def order(soak: Soak, until: float) -> Iterator[str]:
     """Short: each fault once, kills twice. Long: by their weights until the time is over; each of them first once."""
-    once = list(FAULTS)
+    faults = faults_of(soak)
+    once = list(faults)
     soak.chance.shuffle(once)
     yield from once
     if soak.short:
         yield from ("worker or other child killed", "proxy killed")
         return
     while time.monotonic() < until:
-        yield soak.chance.choices(list(FAULTS), [weight for weight, _ in FAULTS.values()])[0]
+        yield soak.chance.choices(list(faults), [weight for weight, _ in faults.values()])[0]
+
+
+def faults_of(soak: Soak) -> dict[str, tuple[int, Callable[[Soak], None]]]:
+    return FAULTS | RL_FAULTS if soak.rl else FAULTS
 
 
 def run(soak: Soak, args: argparse.Namespace) -> dict[str, Any]:
     soak.prepare(args.turns)
-    load = Load(soak.journal, soak.port, soak.llm_port, captured_bodies(ROOT / "tests" / "captures"))
+    load = Load(soak.journal, soak.port, soak.llm_port, captured_bodies(ROOT / "tests" / "captures"), routed=soak.rl)
     load.learn()
     keeper = threading.Thread(target=soak.keep_alive, daemon=True)
     keeper.start()
     soak.ready()
+    if soak.rl and not (soak.routes(120) and soak.examined(120)):
+        raise SystemExit(f"the policy server does not serve, or the judge did not pass; see {soak.home / 'logs'}")
     clients = [threading.Thread(target=load.client, args=(n,), daemon=True) for n in range(args.clients)]
     clients.append(threading.Thread(target=load.loris, daemon=True))
     for client in clients:
@@ -312,7 +419,7 @@ def run(soak: Soak, args: argparse.Namespace) -> dict[str, Any]:
         soak.pause(0.7, 3.0)
         before = load.served
         soak.journal.write(fault=name, at=time.time())
-        FAULTS[name][1](soak)
+        faults_of(soak)[name][1](soak)
         faults[name] = faults.get(name, 0) + 1
         if number % (4 if args.short else 40) == 2:
             load.huge(f"huge-{number}")
@@ -320,12 +427,13 @@ def run(soak: Soak, args: argparse.Namespace) -> dict[str, Any]:
             faults["64 MB body"] = faults.get("64 MB body", 0) + 1
         print(f"{time.monotonic() - begun:6.0f} s  {name}: {load.served - before} requests served meanwhile, {load.served} in all, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     soak.pause(1.0, 5.0)
+    recovered = soak.recovered() if soak.rl else None
     load.stop.set()
     for client in clients:
         client.join(PATIENCE_AT_END)
     status = soak.ready()
     soak.seen_dropped = max(soak.seen_dropped, status["spool"]["dropped"])
-    return {"faults": faults, "seconds": round(time.monotonic() - begun), "sessions": load.sessions, "dropped": soak.seen_dropped}
+    return {"faults": faults, "seconds": round(time.monotonic() - begun), "sessions": load.sessions, "dropped": soak.seen_dropped, "rl": recovered}
 
 
 PATIENCE_AT_END = 70.0
@@ -351,6 +459,7 @@ def drain(home: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--mode", choices=("skills_only", "rl"), default="skills_only", help="rl needs the extras rl and local")
     parser.add_argument("--short", action="store_true", help="every fault once")
     parser.add_argument("--turns", type=int, default=0, help="turns that are in the store before")
     parser.add_argument("--clients", type=int, default=4)
@@ -360,11 +469,13 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave everything there")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+    if args.mode == "rl" and (lacks := missing()) is not None:
+        parser.error(f"--mode rl: {lacks}")
     print(f"seed {args.seed}", file=sys.stderr)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
-        soak = Soak(folder, args.seed, args.short)
+        soak = Soak(folder, args.seed, args.short, args.mode == "rl")
         try:
             told = run(soak, args)
         finally:

@@ -3,6 +3,10 @@
 Each request has an id of its own in its URL's query, which the store keeps, so one can tell for every request what became of
 it whatever its body is. A client writes down, as one JSON line, when the answer was complete and whether it was, byte for
 byte, what the LLM gives without us. It never tries a request again: what it lost, the soak must show.
+
+In mode rl an answer may also be the policy server's: complete in its dialect, and of letters only, which is all its model can say.
+There a client does ask again, under another id, where it got a 502, a 503 or half an answer, as agents do: a policy server that
+fails costs one attempt, and the second must be answered.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ from typing import Any
 
 from bench_hooks import PATHS, prose, render
 
+from metaclaw_core.errors import WireError
 from metaclaw_core.testing import Received, dialect_of
+from metaclaw_core.wire import by_name
 
 HEADERS = {"content-type": "application/json", "authorization": "Bearer sk-soak-0000000000000000", "connection": "keep-alive"}
 WEIGHTS = {"ok": 91, "slow": 1, "cut": 3, "e500": 3, "e429": 2, "stuck": 0.3}
 PATIENCE = 6.0  # seconds until a client gives a request up
+THINKS = 0.05  # seconds between two requests in mode rl: what the upstream answers at once would else be nearly all
 HUGE = 64 << 20
 
 
@@ -40,6 +47,12 @@ class Journal:
             file.write(json.dumps(line) + "\n")
 
 
+@dataclass(frozen=True)
+class Seen:
+    reusable: bool  # the connection, for the next request
+    again: bool  # the policy server failed: ask once more
+
+
 @dataclass
 class Load:
     """Clients of one proxy. `expected` maps (dialect, stream, kind) to (status, body) as the LLM gives them directly."""
@@ -51,6 +64,7 @@ class Load:
     stop: threading.Event = field(default_factory=threading.Event)
     served: int = 0
     sessions: int = 0
+    routed: bool = False  # mode rl: the policy server may answer
     expected: dict[tuple[str, bool, str], tuple[int, bytes]] = field(default_factory=dict)
 
     def learn(self) -> None:
@@ -86,36 +100,54 @@ class Load:
         over: http.client.HTTPConnection | None = None
         opened = 0.0
         count = 0
+        # In mode rl the captured sessions are one client's: a failed turn goes to its upstream only if no other is asked beside it.
+        bodies = self.bodies if number == 0 or not self.routed else {}
         while not self.stop.is_set():
             self.sessions += 1
-            for dialect, stream, body in session(chance, self.bodies):
+            for dialect, stream, body in session(chance, bodies):
                 if self.stop.is_set():
                     break
                 kind = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-                if over is None:
-                    over, opened = http.client.HTTPConnection("127.0.0.1", self.proxy, timeout=PATIENCE), time.time()
                 count += 1
-                if not self.one(f"c{number}-{count}", dialect, stream, kind, body, over, opened):
-                    over.close()
-                    over = None
+                for name in (f"c{number}-{count}", f"c{number}-{count}-again"):
+                    if over is None:
+                        over, opened = http.client.HTTPConnection("127.0.0.1", self.proxy, timeout=PATIENCE), time.time()
+                    seen = self.one(name, dialect, stream, kind, body, over, opened)
+                    if not seen.reusable:
+                        over.close()
+                        over = None
+                    if not seen.again:
+                        break
+                    self.stop.wait(0.5)
+                if self.routed:
+                    self.stop.wait(THINKS)
         if over is not None:
             over.close()
 
     def one(
         self, name: str, dialect: str, stream: bool, kind: str, body: bytes, over: http.client.HTTPConnection | None = None, opened: float | None = None
-    ) -> bool:
-        """One request, written down; False: the connection is of no use any more. `opened`: when `over` was, None: now."""
+    ) -> Seen:
+        """One request, written down. `opened`: when `over` was, None: now."""
         sent, problem, same, status = time.time(), None, None, None
+        by, again, answer = None, False, b""
         try:
             status, answer = self.send(self.proxy, dialect, stream, name, kind, body, over)
             same = (status, answer) == self.expected[dialect, stream, kind]
             self.served += 1
         except (OSError, http.client.HTTPException) as e:
             problem = type(e).__name__
-        self.journal.write(request=name, dialect=dialect, stream=stream, kind=kind, opened=opened or sent, sent=sent, answered=time.time(), status=status, same=same, problem=problem)
+        answered = time.time()
+        if self.routed and same is False:
+            by = "policy" if status == 200 and by_the_policy(dialect, stream, answer) else None
+            again = by is None and status in (200, 502, 503)
+        said = repr(answer[-300:]) if again else None
+        self.journal.write(
+            request=name, dialect=dialect, stream=stream, kind=kind, opened=opened or sent, sent=sent, answered=answered, status=status,
+            same=same, problem=problem, by=by, again=again, said=said,
+        )  # fmt: skip
         if isinstance(problem, str) and problem in ("ConnectionRefusedError",):
             self.stop.wait(0.05)  # no proxy at the moment
-        return problem is None and kind != "cut"
+        return Seen(problem is None and (by is not None or (kind != "cut" and not again)), again)
 
     def loris(self) -> None:
         """Clients that send a byte now and then and never finish; and some that leave in the middle of a body."""
@@ -146,6 +178,21 @@ class Load:
         self.one(name, "openai_chat", False, "ok", body)
 
 
+def by_the_policy(dialect: str, stream: bool, answer: bytes) -> bool:
+    """Is it a whole answer of the tiny model?"""
+    try:
+        if not answer.startswith((b"data:", b"event:")) and not (dialect == "ollama" and stream):
+            response = by_name(dialect).parse_response(answer)
+        else:
+            parser = by_name(dialect).stream_parser()
+            parser.feed(answer)
+            response = parser.finish()
+    except WireError:
+        return False
+    text = response.message.text if response.message is not None else ""
+    return response.complete and response.error is None and (not text or (text.isascii() and text.isalpha()))
+
+
 def path_of(dialect: str, stream: bool) -> str:
     path = PATHS[dialect]
     return path if stream or dialect != "gemini" else "/v1beta/models/m:generateContent"
@@ -157,7 +204,7 @@ def body_of(dialect: str, stream: bool, system: str, history: list[tuple[str, st
 
 
 def session(chance: random.Random, bodies: dict[str, list[bytes]]) -> Iterator[tuple[str, bool, bytes]]:
-    """(dialect, stream, body) of up to 12 requests of one session; one in twelve is a damaged body of a capture."""
+    """(dialect, stream, body) of up to 12 requests of one session; one in twelve is a damaged body of a capture, if there are any."""
     dialect = chance.choice(list(PATHS))
     name = f"{chance.getrandbits(32):08x}-0000-4000-8000-{chance.getrandbits(40):012x}"
     runtime = f"Runtime: agent=main | session=agent:main:{name[:8]} | sessionId={name} | shell=bash"
@@ -165,7 +212,7 @@ def session(chance: random.Random, bodies: dict[str, list[bytes]]) -> Iterator[t
     history: list[tuple[str, str]] = []
     for step in range(chance.randint(2, 12)):
         stream = chance.random() < 0.7
-        if chance.random() < 1 / 12:
+        if bodies and chance.random() < 1 / 12:
             body = damaged(chance.choice(bodies[dialect]), chance)
             # Whether the scripted LLM streams may depend on the damage.
             yield dialect, dialect_of(Received("POST", path_of(dialect, stream), (), body))[1], body
