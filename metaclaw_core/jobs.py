@@ -194,14 +194,15 @@ async def score(store: Store, settings: Settings, judge: LLMClient | None) -> Sc
 
 
 async def examine_judge(store: Store, settings: Settings, judge: LLMClient | None, *, at_start: bool) -> CheckReport | None:
-    """Put the judge to the golden set where that is due. None: as for `score`."""
+    """Put the judge to the golden set where that is due. None: as for `score`. A worker that was killed at it is waited for: the
+    next round is an hour away, and without the examination nothing is trained."""
     from metaclaw_core.learn.health import check_judge
-    from metaclaw_core.learn.runs import JobBusy, job_lease, recorded
+    from metaclaw_core.learn.runs import LEASE_SECONDS, JobBusy, job_lease, recorded
 
     if judge is None:
         return None
     try:
-        async with job_lease(store, "judge"):
+        async with job_lease(store, "judge", wait_s=LEASE_SECONDS + 1):
             return await recorded(
                 store, "judge", lambda: check_judge(store, settings, judge, at_start=at_start), worth=lambda r: r.checked
             )

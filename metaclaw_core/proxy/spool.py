@@ -27,7 +27,7 @@ from pathlib import Path
 
 from metaclaw_core.model import Exchange
 from metaclaw_core.prefix import Likeness
-from metaclaw_core.proxy.sessions import SessionFile, Snapshot, row_of
+from metaclaw_core.proxy.sessions import SessionFile, SessionRow, Snapshot, row_of
 from metaclaw_core.store.spool import SpoolError, SpoolWriter
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class Spool:
             return None
         try:
             self._session_file = self._session_file or SessionFile(self._sessions_path)
-            if not self._session_file.write([row_of(snapshot) for snapshot in snapshots]):
+            if not self._session_file.write(_session_rows(snapshots)):
                 return None  # no problem, only another proxy's moment: they stay in the queue
         except sqlite3.OperationalError as e:
             return f"{self._sessions_path} can't be written: {e}"
@@ -224,6 +224,17 @@ class Spool:
                 self._rows.popleft()
                 self._queued_bytes -= _size(row[0])
             self.written += len(rows)
+
+
+def _session_rows(snapshots: Sequence[Snapshot]) -> list[SessionRow]:
+    """Without a state that is no JSON (it holds what a retriever gave, which needn't be ours): that one is given up."""
+    rows: list[SessionRow] = []
+    for snapshot in snapshots:
+        try:
+            rows.append(row_of(snapshot))
+        except (TypeError, ValueError) as e:
+            logger.warning("metaclaw: the state of a session can't be kept (%s).", e)
+    return rows
 
 
 _ROW_AT_FAULT = (sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)

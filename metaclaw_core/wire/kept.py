@@ -18,7 +18,7 @@ from metaclaw_core.prefix import Likeness, common_suffix, likeness, longest
 from metaclaw_core.wire.base import Dialect
 from metaclaw_core.wire.reread import Reading
 
-_NEARLY_ALL = 0.9  # of a request before: no other can have much more in common with its successor
+_NEARLY_ALL = 0.9  # of a new body: no other request can have much more in common with it
 
 
 class Near[T](NamedTuple):
@@ -49,7 +49,7 @@ class Kept[T]:
                 continue
             if newest is None:  # mostly it is the one
                 newest = Near(reading, value, likeness(reading.body, body))
-                if newest.like.shared >= _NEARLY_ALL * len(reading.body):
+                if newest.like.shared >= _NEARLY_ALL * len(body):
                     return newest
             own.append((reading, value))
         if newest is None:

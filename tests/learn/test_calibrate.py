@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from judge_tools import client_of
 
 from metaclaw_core.cli.judge import command
+from metaclaw_core.jobs import examine_judge
 from metaclaw_core.learn.calibrate import (
     CalibrationError,
     Label,
@@ -293,6 +294,19 @@ def test_rl_is_paused_until_this_judge_has_passed(store: Store) -> None:
         assert health_due(store, mine, at_start=at_start, clock=partial(float, (100 + days) * DAY)) is due
     assert health_due(store, judged_by(llm.url, models=["other"]), clock=lambda: 100 * DAY)
     assert not health_due(store, Settings())
+
+
+def test_a_judge_whose_examiner_was_killed_is_examined_once_its_lease_has_ended(store: Store) -> None:
+    assert store.acquire_lease("job:judge", "a worker that was killed", 0.5)
+
+    async def go(llm: ScriptedLLM) -> CheckReport | None:
+        async with client_of(llm, store) as client:
+            return await examine_judge(store, judged_by(llm.url), client, at_start=True)
+
+    with ScriptedLLM(lambda received: Script(text="It is.\nScore: 1")) as llm:
+        report = asyncio.run(go(llm))
+    assert report is not None
+    assert report.checked
 
 
 def test_the_job_examines_the_judge_when_it_is_due_and_tells_of_a_pause(store: Store) -> None:
