@@ -101,6 +101,7 @@ def check(folder: Path, margin: float) -> dict[str, Any]:
     short_to = [line["descriptors_to"] for line in journal if "descriptors_to" in line]
     short = list(zip(short_from, short_to, strict=False))
     stood = [(line["stopped_from"], line["stopped_to"]) for line in journal if "stopped_from" in line]
+    full = [(line["disk_from"], line["disk_to"]) for line in journal if "disk_from" in line]
     stored = stored_ids(folder / "home")
     reached = Counter((folder / "llm.log").read_text().split())
     reached.pop("direct", None)
@@ -130,6 +131,8 @@ def check(folder: Path, margin: float) -> dict[str, Any]:
         elif not stored[name] or (by_policy and name not in sampled):
             if any(killed - margin <= line["answered"] <= dead for killed, dead in kills):
                 excused["answered a moment before the kill"] += 1
+            elif stored[name] and any(start <= line["answered"] and line["sent"] <= end for start, end in full):
+                excused["the disk was full: the policy server's answer trains nothing"] += 1
             else:
                 lost.append(name if not stored[name] else f"{name} (its tokens)")
         elif by_policy != (name in routed):

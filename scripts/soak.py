@@ -235,14 +235,16 @@ class Soak:
         assert self.proxy is not None
         pids = [self.proxy.pid, *self.family()]
         chosen = self.chance.choice((pids, pids[:1], pids[1:]))
+        begun = time.time()
         with limited(chosen, resource.RLIMIT_FSIZE, self.chance.choice((0, 100_000, 1_000_000))):
             self.pause(1.5, 8.0)
+        self.journal.write(disk_from=begun, disk_to=time.time())
         self.flush()
 
     def read_only(self) -> None:
         """No file can be made or opened for writing below the home; what is open stays open."""
         changed = [path for path in (self.home, *self.home.rglob("*")) if path.is_dir()]
-        modes = {path: path.stat().st_mode for path in changed}
+        modes, begun = {path: path.stat().st_mode for path in changed}, time.time()
         for path in changed:
             path.chmod(0o500)
         try:
@@ -252,6 +254,7 @@ class Soak:
         finally:
             for path, mode in modes.items():
                 path.chmod(mode)
+            self.journal.write(disk_from=begun, disk_to=time.time())
         self.flush()
         self.ready(90)
 

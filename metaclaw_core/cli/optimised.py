@@ -35,7 +35,10 @@ def optimise() -> None:
         return
     kept = compiled_folder("mitmproxy", (environment_folder(), home()))
     if kept is not None:
-        environment.pop(_DONT_WRITE, None)
+        if kept:  # else what is there is read, and a folder that is to stay clean does
+            environment.pop(_DONT_WRITE, None)
+        if kept == environment_folder() / COMPILED:
+            environment_folder().mkdir(exist_ok=True)  # others may use that one: it isn't ours alone
         os.umask(0o077)  # as the proxy would a moment later: what is compiled may lie in METACLAW_HOME
         flags = ["-O", *(["-X", f"pycache_prefix={kept}"] if kept else [])]
         os.execve(sys.executable, [sys.executable, *flags, *sys.orig_argv[1:]], environment)  # noqa: S606
@@ -52,10 +55,16 @@ def compiled_folder(package: str, elsewhere: Iterable[Path]) -> Path | str | Non
     if found is None or found.origin is None:
         return None
     beside = Path(importlib.util.cache_from_source(found.origin, optimization=1))
-    if beside.exists() or (not sys.dont_write_bytecode and os.access(_existing(beside.parent), os.W_OK)):
+    if os.access(beside, os.R_OK) or (not sys.dont_write_bytecode and os.access(_existing(beside.parent), os.W_OK)):
         return ""
-    return next((folder / COMPILED for folder in elsewhere if os.access(_existing(folder), os.W_OK)), None)
+    return next((folder / COMPILED for folder in elsewhere if _ours(folder / COMPILED)), None)
+
+
+def _ours(folder: Path) -> bool:
+    """Can we write there, and nobody but us has? What lies there is run."""
+    there = _existing(folder)
+    return os.access(there, os.W_OK) and (there != folder or folder.stat().st_uid == os.getuid())
 
 
 def _existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+    return next(place for place in (folder, *folder.parents) if os.path.isdir(place))  # noqa: PTH112 - False where none may look

@@ -73,7 +73,10 @@ def command(skills: bool, grace: float, dry_run: bool, yes: bool) -> None:
 
 def _present(here: Path, skills: bool) -> list[Path]:
     names = (*_OURS, *(("skills",) if skills else ()))
-    return [path for path in (*(here / name for name in names), environment_folder() / COMPILED) if path.exists()]
+    paths = [here / name for name in names]
+    if os.access(environment_folder(), os.W_OK):  # else it isn't ours to remove
+        paths.append(environment_folder() / COMPILED)
+    return [path for path in paths if path.exists()]
 
 
 def _stays(here: Path, skills: bool) -> list[str]:

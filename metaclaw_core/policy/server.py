@@ -30,7 +30,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from metaclaw_core import model
-from metaclaw_core.errors import MetaClawError, WireError
+from metaclaw_core.errors import MetaClawError, StoreError, WireError
 from metaclaw_core.model import StopReason, Usage
 from metaclaw_core.policy.asked import Plan, RefusedError, plan
 from metaclaw_core.policy.canonical import reply_key
@@ -240,9 +240,9 @@ class _Answer:
             # The client has gone, or sampling broke: what there is stays as a sample that trains nothing.
             word = "aborted" if isinstance(e, asyncio.CancelledError) else f"failed: {e}"
             await _to_its_end(sampled.stop())
-            await _to_its_end(keeping.keep(sampled, broken=word))
+            await _to_its_end(_kept(keeping, sampled, broken=word))
             raise
-        await _to_its_end(keeping.keep(sampled))
+        await _to_its_end(_kept(keeping, sampled))
         usage = Usage(len(sampled.prompt.ids), len(sampled.kept))
         end = writer.finish(sampled.stop_reason, usage, sampled.reader.stop_sequence)
         if request.stream:
@@ -386,6 +386,14 @@ class _Sampled:
         if self.stop_reason is StopReason.STOP:
             return "stop"
         return "context" if self._by_context else "length"
+
+
+async def _kept(keeping: _Keeping, sampled: _Sampled, *, broken: str | None = None) -> None:
+    """The answer is the agent's whether or not the disk takes it: it trains nothing then."""
+    try:
+        await keeping.keep(sampled, broken=broken)
+    except StoreError as e:
+        logger.warning("An answer could not be kept, and trains nothing: %s", e)
 
 
 @dataclass(frozen=True, slots=True)

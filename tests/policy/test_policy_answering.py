@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,22 @@ def test_the_sample_is_on_disk_before_the_last_byte_is_sent(tmp_path: Path) -> N
     asyncio.run(whole())
     assert kept_at[-1] == (False, 1)
     assert kept_at[0] == (True, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_can_not_be_kept_is_an_answer_all_the_same(tmp_path: Path, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def ask(client: httpx.AsyncClient) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "run" / samplefile.FILE)) as db:
+            db.execute("DROP TABLE samples")  # what a full disk does is what any failed write does
+        path, body = TOOLS["openai_chat"]
+        answer = await client.post(path, json={**body, "stream": stream}, headers={"x-metaclaw-flow": "one"})
+        assert answer.status_code == 200
+        assert "Yes." in answer.text
+        assert "error" not in answer.text
+        assert answer.text.endswith("data: [DONE]\n\n") == stream
+
+    run(tmp_path, [["Yes.<|im_end|>"]], ask)
+    assert "An answer could not be kept, and trains nothing: " in caplog.text
 
 
 KINDS = ("timeout", "down", "auth", "billing", "rate_limit", "weights", "engine")
