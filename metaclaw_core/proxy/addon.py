@@ -378,6 +378,8 @@ class MetaClaw:
         if self._runtime is None:
             return
         self._runtime.counters[f"the policy server failed: {word}"] += 1
+        if self._service is not None and self._service.router is not None and flight.session is not None:
+            self._service.router.give_back(flight.session, routed.choice.turn)
         state = self._runtime.sessions.get(flight.session) if flight.session else None
         if routed.failed(word, state) and state is not None and flight.session is not None:
             self._runtime.sessions.put(flight.session, state, self._runtime.spool)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -244,6 +245,13 @@ class Router:
         self.token = token
         self.breaker = breaker or Breaker()
         self._clock = clock
+        self._given_back: OrderedDict[tuple[str, str], None] = OrderedDict()  # (session, turn), the latest last
+
+    def give_back(self, key: str, turn: str) -> None:
+        """The turn was not answered and is its upstream's, also while another turn of its session has the session's pin."""
+        self._given_back[key, turn] = None
+        while len(self._given_back) > _GIVEN_BACK:
+            self._given_back.popitem(last=False)
 
     def choose(self, identity: Identity, key: str | None, state: SessionState | None, rl: RL) -> Choice | str:
         """Where the request goes, or in few words why to its upstream. `state` changes where a new turn begins or a pin
@@ -254,6 +262,8 @@ class Router:
         # Without a trace a tool loop of a provider-side chain can't name its turn: it is the session's open one.
         open_turn = identity.kind is Kind.TOOL and identity.trace is None and state.pin_turn is not None
         goes_on = open_turn or state.pin_turn == turn
+        if not goes_on and (key, turn) in self._given_back:
+            return "the turn is the upstream's"
         if goes_on and state.pin_version is None:
             return "the turn is the upstream's"
         if not goes_on and identity.kind is Kind.TOOL:
@@ -396,6 +406,7 @@ def continues_ours(body: bytes, encoding: str) -> bool:
     return isinstance(name, str) and name.startswith(RESPONSE_ID_PREFIX)
 
 
+_GIVEN_BACK = 256  # turns
 _LEFT = ("Client disconnected", "stream reset by client")
 _find_key = BytesAhoCorasick([b'"previous_response_id"'], matchkind=MatchKind.LeftmostFirst).find_matches_as_indexes
 _CONTINUES = re.compile(rb'"previous_response_id"\s*:\s*"' + RESPONSE_ID_PREFIX.encode())

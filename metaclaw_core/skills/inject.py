@@ -119,5 +119,5 @@ def plan(
         inner,
         (*block.skills, *(hit.name for hit in chosen)),
         block.appends + (0 if first else 1),
-        (*known, *(round(hit.score, 3) for hit in chosen)),
+        (*known, *(round(float(hit.score), 3) for hit in chosen)),  # a stranger's retriever may give NumPy's, which are no JSON
     )

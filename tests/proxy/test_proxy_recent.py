@@ -49,6 +49,18 @@ def slot_of(reading: Reading) -> Slot | str:
         return str(e)
 
 
+def test_a_long_conversation_is_read_by_its_own_request_though_the_newest_is_a_short_one_with_the_same_beginning():
+    recent = Recent()
+    notes = [message for n in range(40) for message in (call(n), result(n, "milk " * 20))]
+    long, short = chat(*notes), chat(call(0))
+    for session, body in (("long", long), ("short", short)):
+        recent.keep(session, "p", recent.read(CHAT, body, PATH, "p")[0])
+    for body, own in ((chat(*notes, call(40)), long), (chat(call(0), result(0)), short)):
+        like = recent.read(CHAT, body, PATH, "p")[1]
+        assert like is not None
+        assert like.other is own
+
+
 @pytest.mark.parametrize("name", ["openai-completions", "anthropic-messages-native", "google-generative-ai-native", "ollama", "subagent-openai-completions", "heartbeat-openai-completions", "compaction-openai-completions"])
 def test_of_a_recording_every_request_has_the_identity_and_the_place_of_the_full_parse(capture, name):
     recent = Recent()

@@ -3,6 +3,7 @@ import json
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metaclaw_core.model import Hints
@@ -76,6 +77,18 @@ class Conversation:
 
 def skills(outcome: Rewritten) -> tuple[str, ...]:
     return outcome.injection.skills if outcome.injection else ()
+
+
+async def test_scores_that_are_numpys_are_plain_numbers_in_what_is_kept():
+    class Vectors(Named):
+        async def retrieve(self, texts, index, k):
+            return Retrieval((Hit("alpha", np.float32(1.5)),), self.name)
+
+    talk = Conversation(Vectors())
+    outcome = await talk.say("about alpha")
+    assert outcome.injection is not None
+    assert type(outcome.injection.scores[0]) is float
+    assert json.loads(talk.sink.rows[-1][1])["scores"] == [1.5]
 
 
 async def test_a_block_grows_with_the_subject_and_stays_through_tools_and_small_talk():

@@ -259,6 +259,17 @@ def test_a_failure_pins_the_turn_to_its_upstream(state):
     assert isinstance(router.choose(identity("next", trace="t2"), "k", state, ALL), Choice)
 
 
+def test_of_two_turns_side_by_side_each_that_fails_goes_to_its_upstream(state):
+    router = a_router(Snapshot(a_route(3), beat(1, 3)))
+    under_way = {text: a_routed(router, state, text) for text in ("one", "two")}
+    for text, routed in under_way.items():
+        routed.failed("timeout", state)
+        router.give_back("k", turn_of(identity(text, trace=text)))
+    for text in ("one", "two", "one"):
+        assert router.choose(identity(text, trace=text, retry=True), "k", state, ALL) == "the turn is the upstream's"
+    assert isinstance(router.choose(identity("three", trace="three"), "k", state, ALL), Choice)
+
+
 def test_a_late_failure_leaves_a_newer_turn_alone(state):
     router = a_router(Snapshot(a_route(3), beat(1, 3)))
     first = a_routed(router, state)

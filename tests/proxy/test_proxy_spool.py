@@ -99,6 +99,18 @@ def test_sessions_that_can_not_be_written_hold_up_no_exchange_and_bring_none_twi
     spool.close()
 
 
+def test_a_session_that_can_not_be_written_down_is_given_up_alone(spool, tmp_path, caplog):
+    Sessions().put("bad", SessionState("s", None, scores=[object()]), spool)
+    Sessions().put("good", SessionState("s", None), spool)
+    assert spool.flush()
+    with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
+        assert db.execute("SELECT key FROM sessions").fetchall() == [("good",)]
+    assert caplog.text.count("the state of a session can't be kept (Object of type object is not JSON serializable)") == 1
+    spool.put(EXCHANGE)
+    assert spool.flush()
+    assert ids(spool.path) == ["f"]
+
+
 def test_memory_is_bounded_while_the_disk_refuses_and_the_newest_are_dropped(tmp_path, caplog):
     (tmp_path / "spool").touch()
     spool = Spool(tmp_path / "spool" / "1.db", tmp_path / "sessions.db", max_bytes=100_000)
