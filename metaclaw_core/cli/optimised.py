@@ -5,8 +5,8 @@ seventh of what a request costs. What Python compiles for ``-O`` must be kept, o
 be kept beside the sources as ever (they belong to somebody else, or PYTHONDONTWRITEBYTECODE asks for clean folders) it is kept
 in a folder of its own, in the environment or else in METACLAW_HOME: some 20 MB.
 
-Limits: a user's own script (`--set scripts=…`) loses its asserts, too; `--no-lean` keeps them. ``python -B`` and a system that
-isn't POSIX leave all as it is.
+Limits: a user's own script (`--set scripts=…`) loses its asserts, too; `--no-lean` keeps them. ``python -B``, a system that
+isn't POSIX and a mode that carries QUIC leave all as it is.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from metaclaw_core.proxy.startoptions import only_tcp
 from metaclaw_core.settings import home
 
 _DONT_WRITE = "PYTHONDONTWRITEBYTECODE"
 COMPILED = "metaclaw-compiled"
 
 
-def optimise() -> None:
-    """This very command once more, under ``-O``; returns where that is done or can't be."""
+def optimise(sets: Iterable[str]) -> None:
+    """This very command once more, under ``-O``; returns where that is done or can't be. `sets`: mitmproxy's options."""
     environment = dict(os.environ)  # noqa: TID251 - Python's own setting, for Python
     if sys.flags.optimize:
         if (sys.pycache_prefix or "").endswith(COMPILED):  # it was taken from this process, which writes there; not from its children
@@ -32,6 +33,8 @@ def optimise() -> None:
         return
     never = sys.flags.dont_write_bytecode and _DONT_WRITE not in environment
     if never or os.name != "posix" or not sys.executable or getattr(sys, "frozen", False):
+        return
+    if not only_tcp(sets):
         return
     kept = compiled_folder("mitmproxy", (environment_folder(), home()))
     if kept is not None:

@@ -32,7 +32,7 @@ def start_options[F: Callable[..., Any]](function: F) -> F:
 def command(port: int | None, mode: str | None, sets: tuple[str, ...], lean: bool, detach: bool) -> None:
     """Run the proxy on 127.0.0.1 until it is interrupted, or with --detach in the background."""
     if lean and not detach:
-        optimise()
+        optimise(sets)
     options = StartOptions(port=port, mode=mode, lean=lean, sets=sets)
     check_sets(sets)
     configured = load_settings().proxy.port  # here, so that what is wrong in them is said before anything starts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,6 +51,20 @@ class StartOptions:
             sets=kept + self.sets,
             left_out=tuple(name for name in old.left_out if name not in named),
         )
+
+
+def only_tcp(sets: Iterable[str]) -> bool:
+    """Does no mode carry QUIC? mitmproxy reads a byte of its first packet within an assertion: under ``-O`` it finds no host in
+    it, and waits for more."""
+    modes = [item.removeprefix("mode=") for item in sets if item.startswith("mode=")]
+    if not modes:
+        return True
+    from mitmproxy.proxy.mode_specs import ProxyMode
+
+    try:
+        return all(ProxyMode.parse(mode).transport_protocol == "tcp" for mode in modes)
+    except ValueError:
+        return False  # what is wrong with it is said later
 
 
 def check_sets(sets: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from metaclaw_core.cli.optimised import compiled_folder
+from metaclaw_core.proxy.startoptions import only_tcp as carries_no_quic
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_folders_that_are_to_stay_clean_do(tmp_path: Path, beside: bool) -> None
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "other.py").touch()
-    command = "from metaclaw_core.cli import optimised as o; o.environment_folder = lambda: o.Path('environment'); o.optimise(); import mitmproxy.other"
+    command = "from metaclaw_core.cli import optimised as o; o.environment_folder = lambda: o.Path('environment'); o.optimise([]); import mitmproxy.other"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "METACLAW_HOME": str(tmp_path / "home")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if beside:
@@ -80,3 +81,19 @@ def test_folders_that_are_to_stay_clean_do(tmp_path: Path, beside: bool) -> None
     if not beside:
         assert [(tmp_path / "environment" / name).stat().st_mode & 0o777 for name in ("", "metaclaw-compiled")] == [0o755, 0o700]
         assert list((tmp_path / "environment").rglob("other.*.pyc"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "only_tcp"),
+    [
+        ([], True),
+        (["metaclaw_mode=rl", "mode=regular"], True),
+        (["mode=upstream:http://127.0.0.1:1"], True),
+        (["mode=regular", "mode=local"], False),
+        (["mode=reverse:https://llm.test"], False),  # HTTP/3 as well
+        (["mode=nonsense"], False),
+    ],
+)
+def test_not_where_quic_is_carried(sets: list[str], only_tcp: bool) -> None:
+    """mitmproxy does a step of reading its first packet within an assertion."""
+    assert carries_no_quic(sets) is only_tcp
