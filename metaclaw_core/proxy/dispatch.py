@@ -41,23 +41,30 @@ class DirectAddons(AddonManager):
 
     async def handle_lifecycle(self, event: hooks.Hook) -> None:
         args = event.args()
-        await self._tell(event, args)
+        if listening := self._of(event):
+            await self._tell(listening, args)
         if isinstance(flow := args[0], Flow):
-            await self._tell(hooks.UpdateHook([flow]), [[flow]])
+            updated = self._listening.get(hooks.UpdateHook.name)
+            if updated is None:
+                updated = self._of(hooks.UpdateHook([flow]))
+            if updated:
+                await self._tell(updated, [[flow]])
 
     async def trigger_event(self, event: hooks.Hook) -> None:
-        await self._tell(event, event.args())
+        await self._tell(self._of(event), event.args())
 
-    async def _tell(self, event: hooks.Hook, args: list[Any]) -> None:
-        for listeners in self._of(event):
+    async def _tell(self, listening: tuple[_Hooks, ...], args: list[Any]) -> None:
+        for listeners in listening:
             try:
-                with safecall():
-                    for listener in listeners:
-                        waiting = listener(*args)
-                        if waiting is not None and inspect.isawaitable(waiting):
-                            await waiting
+                for listener in listeners:
+                    waiting = listener(*args)
+                    if waiting is not None and inspect.isawaitable(waiting):
+                        await waiting
             except exceptions.AddonHalt:
                 return
+            except Exception:
+                with safecall():  # which reports it or lets it go on; entered here, since each `with` costs as much as a hook
+                    raise
 
     def _of(self, event: hooks.Hook) -> tuple[_Hooks, ...]:
         found = self._listening.get(event.name)
