@@ -87,7 +87,7 @@ class Lean(Master):
         self.addons.add(  # type: ignore[no-untyped-call]
             self._termlog_addon,
             core.Core(),
-            disable_h2c.DisableH2C(),
+            DisableH2C(),
             proxyserver.Proxyserver(),
             script.ScriptLoader(),
             next_layer.NextLayer(),
@@ -106,8 +106,16 @@ class TlsConfig(tlsconfig.TlsConfig):
         self._looks_at_all = any(getattr(ctx.options, name, False) for name in ("emudhra", "emudhra_old"))
 
     def request(self, flow: http.HTTPFlow) -> None:
-        if self._looks_at_all or flow.request.path.endswith(".crl"):
+        if self._looks_at_all or flow.request.data.path.endswith(b".crl"):
             super().request(flow)
+
+
+class DisableH2C(disable_h2c.DisableH2C):
+    """mitmproxy's, asked only where a request may be one for HTTP/2 in clear text."""
+
+    def request(self, f: http.HTTPFlow) -> None:
+        if f.request.data.method == b"PRI" or any(name.lower() == b"upgrade" for name, _ in f.request.headers.fields):
+            super().request(f)  # type: ignore[no-untyped-call]
 
 
 def _configure(master: Master, chosen: StartOptions) -> Settings:
