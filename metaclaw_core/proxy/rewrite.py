@@ -203,8 +203,8 @@ class Rewriter:
     async def _found(self, texts: list[str], index: Index) -> Sequence[Hit]:
         """The skills for these turns; none where the retriever fails, and the session keeps the block it has."""
         try:
-            async with asyncio.timeout(self.patience) if self._waits else contextlib.nullcontext():
-                found = await self._retriever.retrieve(texts, index, self._skills.top_k)
+            looking = self._retriever.retrieve(texts, index, self._skills.top_k)
+            found = await (asyncio.wait_for(looking, self.patience) if self._waits else looking)
         except Exception as e:  # noqa: BLE001 - the boundary to retrievers, which needn't be ours
             self.note = f"retrieval failed: {e!r}"
             return ()
